@@ -1,0 +1,24 @@
+"""Every rank of a LoRA is an expert: token-routed (SMoRA) and task-routed (MoRE) adapters for Hugging Face models."""
+
+from ._version import __version__
+from .balance import update_router_bias
+from .config import RankExpertConfig
+from .files import load_rank_experts, save_rank_experts
+from .merge import merge_rank_experts, unmerge_rank_experts
+from .model import RankExpertModel, inject_rank_experts, use_task
+from .registration import register
+
+register()
+
+__all__ = [
+    "RankExpertConfig",
+    "RankExpertModel",
+    "__version__",
+    "inject_rank_experts",
+    "load_rank_experts",
+    "merge_rank_experts",
+    "save_rank_experts",
+    "unmerge_rank_experts",
+    "update_router_bias",
+    "use_task",
+]

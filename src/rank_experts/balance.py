@@ -1,0 +1,47 @@
+"""Loss-free load balancing (arXiv 2408.15664): the bias that moves once per optimiser step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .model import adapted_layers, routing_scopes
+from .routing import TokenRouter
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module) -> None:
+    """Move every balancing bias by one step: b += rate · sign(mean(load) − load). Call it after `optimizer.step()`.
+
+    The load is what all training forwards since the last call counted, padding left out, added up over data-parallel
+    ranks. All ranks must call it, with the same adapters. A model without token routers, or whose load_balance is not
+    "bias", is left alone, and so is a bias without any load.
+
+    Args:
+        model: With adapters; wrapped in DistributedDataParallel, FSDP or `PeftModel` or not.
+
+    Example:
+        >>> for batch in loader:  # doctest: +SKIP
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     update_router_bias(model)
+        ...     optimizer.zero_grad()
+    """
+    routers = [
+        (layer, name, router)
+        for _, layer in adapted_layers(model)
+        for name, router in layer.rank_expert_router.items()
+        if isinstance(router, TokenRouter) and layer.settings[name].load_balance == "bias"
+    ]
+    if not routers:
+        return
+    device = routers[0][2].balance_bias.device
+    loads = torch.cat([layer.take_load(name).to(device) for layer, name, _ in routers])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(loads)
+    for (layer, name, router), load in zip(routers, loads.split([router.num_experts for *_, router in routers])):
+        rate = layer.settings[name].balance_rate
+        router.balance_bias += rate * torch.sign(load.mean() - load).to(router.balance_bias.device)
+    for scope in routing_scopes(model):
+        scope.silent_calls = 0

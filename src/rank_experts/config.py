@@ -1,0 +1,255 @@
+"""The adapter's configuration: data, its validation, and presets with the papers' values.
+
+SMoRA: arXiv 2501.15103. MoRE: arXiv 2505.22694. Fields that PEFT's users know from `LoraConfig` (target_modules,
+rank_pattern, modules_to_save, …) mean here what they mean there. What depends on the model (whether a module
+matches, whether top_k fits a layer whose rank a pattern changes) is checked at injection, in `model.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+FORMAT_VERSION = 1
+"""The version of the files on disk. A reader refuses a higher one."""
+
+PEFT_TYPE = "RANK_EXPERTS"
+"""Our entry in PEFT's registry and in `adapter_config.json`."""
+
+_CHOICES = {
+    "router": ("token", "task", "dense"),
+    "score_function": ("sigmoid", "softmax"),
+    "load_balance": ("bias", "loss", "none"),
+    "rank_scaling": ("task", "rank", "none"),
+    "pooling": ("mean", "first", "last"),
+    "bias": ("none", "all", "rank_expert_only"),
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " The nearest is 'x'." for an unknown name, or an empty string where nothing is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" The nearest is {found[0]!r}." if found else ""
+
+
+@dataclass
+class RankExpertConfig(PeftConfig):
+    """Configuration of a rank-expert adapter.
+
+    Args:
+        router: "token" (SMoRA: every token activates its top_k experts), "task" (MoRE: every task uses its first
+            r_t ranks) or "dense" (LoRA: all ranks, no router).
+        r: Ranks in all.
+        alpha: The scale's numerator: the update is multiplied by alpha / top_k (token) or alpha / r (task, dense).
+        dropout: Dropout probability on the input of A. The router sees the input without dropout.
+        top_k: Active experts a token, at most `r // expert_rank`. Token router only.
+        expert_rank: Ranks an expert. 1: every rank is an expert; larger: blocks of ranks, which are a mixture of
+            LoRAs (SMoRA, section 3). Token router only.
+        score_function: "sigmoid" (the paper) or "softmax". Token router only.
+        biased_gates: Let the balancing bias enter the gates' values, as the published SMoRA code does. False: it
+            only selects, as the paper and loss-free balancing (arXiv 2408.15664) have it.
+        load_balance: "bias" (`update_router_bias` after each optimiser step), "loss" (Switch Transformer's auxiliary
+            loss, arXiv 2101.03961, equation 4) or "none". Token router only.
+        balance_rate: The step of the bias.
+        balance_coef: The weight of the auxiliary loss.
+        tasks: Task names, in the order of their ids. Task router only.
+        task_embedding_dim: Width e of the task embeddings; None: the layer's d_in. Task router only.
+        rank_scaling: What multiplies alpha / r for task t and rank j: "task" r_t / T (the paper's linear scaling),
+            "rank" (j / r)² (the published code), "none" 1. Task router only.
+        contrastive_coef: The weight of MoRE's contrastive loss; 0 turns it off.
+        contrastive_temperature: Its temperature τ.
+        pooling: What stands for an example in it: the "mean" over the non-padding tokens of a layer's input, the
+            "first" or the "last" of them.
+        init_weights: True: A Kaiming-uniform, B zero, so that a new adapter changes nothing. False: both random,
+            for tests.
+        target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None: PEFT's
+            default for LoRA on this architecture.
+        exclude_modules: Names or a regular expression of modules to leave out.
+        layers_to_transform: Indices of the layers to adapt.
+        layers_pattern: The name of the model's list of layers, for `layers_to_transform`.
+        rank_pattern: Ranks for some modules: a name or regular expression to r.
+        alpha_pattern: Likewise for alpha.
+        modules_to_save: Modules to train and save in full, a new classification head for instance.
+        bias: "none", "all" or "rank_expert_only" (the adapted layers'): which biases of the base are trained.
+        format_version: Version of the files on disk.
+
+    Raises:
+        ValueError: A value is outside its range or its choices; the message names the field.
+        TypeError: A value is of the wrong type.
+
+    Example:
+        >>> config = RankExpertConfig.smora(r=64, top_k=8, alpha=16, target_modules="all-linear")
+        >>> config.num_experts
+        64
+    """
+
+    router: str = field(default="token", metadata={"help": "'token' (SMoRA), 'task' (MoRE) or 'dense' (LoRA)."})
+    r: int = field(default=64, metadata={"help": "Ranks in all."})
+    alpha: float = field(default=16, metadata={"help": "The scale's numerator."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A."})
+    top_k: int = field(default=8, metadata={"help": "Active experts a token."})
+    expert_rank: int = field(default=1, metadata={"help": "Ranks an expert."})
+    score_function: str = field(default="sigmoid", metadata={"help": "'sigmoid' or 'softmax'."})
+    biased_gates: bool = field(default=False, metadata={"help": "Let the balancing bias enter the gates' values."})
+    load_balance: str = field(default="bias", metadata={"help": "'bias', 'loss' or 'none'."})
+    balance_rate: float = field(default=1e-3, metadata={"help": "The step of the balancing bias."})
+    balance_coef: float = field(default=0.01, metadata={"help": "The weight of the balancing loss."})
+    tasks: list[str] | None = field(default=None, metadata={"help": "Task names, in the order of their ids."})
+    task_embedding_dim: int | None = field(default=None, metadata={"help": "Width of task embeddings; None: d_in."})
+    rank_scaling: str = field(default="task", metadata={"help": "'task', 'rank' or 'none'."})
+    contrastive_coef: float = field(default=0.1, metadata={"help": "The weight of the contrastive loss."})
+    contrastive_temperature: float = field(default=0.05, metadata={"help": "Its temperature."})
+    pooling: str = field(default="mean", metadata={"help": "'mean', 'first' or 'last'."})
+    init_weights: bool = field(default=True, metadata={"help": "A Kaiming-uniform and B zero; False: both random."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of modules to adapt, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name to r."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module name to alpha."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save in full."})
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'rank_expert_only'."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the files on disk."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self._check_values()
+        self._check_tasks()
+        self._check_targets()
+
+    @classmethod
+    def smora(cls, r: int = 64, top_k: int = 8, alpha: float = 16, **kwargs: Any) -> RankExpertConfig:
+        """SMoRA with the paper's values: 64 ranks, 8 of them active a token (arXiv 2501.15103, section 4)."""
+        return cls(router="token", r=r, top_k=top_k, alpha=alpha, **kwargs)
+
+    @classmethod
+    def more(cls, tasks: list[str], r: int = 8, alpha: float = 32, **kwargs: Any) -> RankExpertConfig:
+        """MoRE with the paper's values: ranks 1 to 8 to choose from, a task (arXiv 2505.22694, section 4)."""
+        return cls(router="task", tasks=tasks, r=r, alpha=alpha, **kwargs)
+
+    @classmethod
+    def lora(cls, r: int = 8, alpha: float = 16, **kwargs: Any) -> RankExpertConfig:
+        """Plain LoRA: all ranks, no router (arXiv 2106.09685)."""
+        return cls(router="dense", r=r, alpha=alpha, **kwargs)
+
+    @classmethod
+    def mixture(
+        cls, num_experts: int = 8, expert_rank: int = 8, top_k: int = 1, alpha: float = 16, **kwargs: Any
+    ) -> RankExpertConfig:
+        """Build a mixture of `num_experts` LoRAs of `expert_rank` ranks each, `top_k` of them active a token."""
+        r = num_experts * expert_rank
+        return cls(router="token", r=r, expert_rank=expert_rank, top_k=top_k, alpha=alpha, **kwargs)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer whose rank no pattern changes."""
+        return self.r // self.expert_rank
+
+    def _check_values(self) -> None:
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                hint = nearest(str(value), choices)
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
+        for name in ("r", "top_k", "expert_rank", "task_embedding_dim"):
+            value = getattr(self, name)
+            if name == "task_embedding_dim" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r}: expected a whole number, found {type(value).__name__}.")
+            if value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1.")
+        limits = {
+            "alpha": (0, float("inf")),
+            "dropout": (0, 1),
+            "balance_rate": (0, float("inf")),
+            "balance_coef": (0, float("inf")),
+            "contrastive_coef": (0, float("inf")),
+            "contrastive_temperature": (0, float("inf")),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r}: expected a number, found {type(value).__name__}.")
+            if not low <= value < high:
+                raise ValueError(f"{name}={value}: expected a number from {low} up to, not including, {high}.")
+        if self.contrastive_temperature == 0:
+            raise ValueError("contrastive_temperature=0: expected more than 0; the paper's value is 0.05.")
+        for name in ("biased_gates", "init_weights"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}={value!r}: expected True or False, found {type(value).__name__}.")
+        if self.router == "token":
+            check_experts(self.r, self.expert_rank, self.top_k, where="RankExpertConfig")
+
+    def _check_tasks(self) -> None:
+        if self.router != "task":
+            if self.tasks is not None:
+                raise ValueError(
+                    f"tasks={self.tasks!r} with router={self.router!r}: only the task router knows tasks. "
+                    "Leave tasks out, or use RankExpertConfig.more(tasks=[...])."
+                )
+            return
+        if isinstance(self.tasks, str) or not isinstance(self.tasks, (list, tuple)) or not self.tasks:
+            raise ValueError(
+                f"tasks={self.tasks!r}: the task router needs a list of at least one task name, in the order of "
+                'their ids, for instance tasks=["cola", "mnli", "rte"].'
+            )
+        self.tasks = list(self.tasks)
+        for name in self.tasks:
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"tasks={self.tasks!r}: expected non-empty strings, found {name!r}.")
+        if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+            raise ValueError(f"tasks={self.tasks!r}: {', '.join(map(repr, twice))} stands there more than once.")
+
+    def _check_targets(self) -> None:
+        # As LoraConfig: sets make membership tests cheap, and PEFT writes them as lists.
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} cannot be used with target_modules={self.target_modules!r}, a regular expression: "
+                        "write the layers into the expression, or give target_modules as a list."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform=[...] beside it.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            setattr(self, name, dict(getattr(self, name) or {}))
+
+
+def check_experts(r: int, expert_rank: int, top_k: int, where: str) -> None:
+    """Check that r ranks divide into experts and that top_k of them exist.
+
+    Args:
+        r: Ranks of the layer.
+        expert_rank: Ranks an expert.
+        top_k: Active experts a token.
+        where: Names the layer or the config in the message.
+
+    Raises:
+        ValueError: They do not.
+
+    Example:
+        >>> check_experts(r=64, expert_rank=8, top_k=2, where="q_proj")
+    """
+    if r % expert_rank:
+        raise ValueError(
+            f"{where}: r={r} is not a multiple of expert_rank={expert_rank}. "
+            f"Choose r={r - r % expert_rank or expert_rank} or r={r - r % expert_rank + expert_rank}, "
+            "or an expert_rank that divides r."
+        )
+    if not 1 <= top_k <= r // expert_rank:
+        raise ValueError(
+            f"{where}: top_k={top_k} is outside 1…{r // expert_rank}, the number of experts "
+            f"(r={r} / expert_rank={expert_rank}). Choose a top_k in that range, or a larger r."
+        )

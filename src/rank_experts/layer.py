@@ -1,0 +1,407 @@
+"""The adapted layer: a frozen linear layer, adapters beside it, and one formula.
+
+    y = W0 x + s · (g ⊙ (x Aᵀ)) Bᵀ
+
+Shapes: N tokens (all leading dimensions of the input together), d_in and d_out features, r ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .context import Call, RoutingScope, resolve_task_ids, task_ids_of_layer
+from .ops import rank_experts_reference
+from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
+
+
+class AdapterSettings(NamedTuple):
+    """What one adapter of one layer needs to know beside its tensors.
+
+    Attributes:
+        alpha: The scale's numerator.
+        load_balance: "bias", "loss" or "none"; token router.
+        balance_rate: Step of the balancing bias.
+        balance_coef: Weight of the balancing loss.
+        contrastive_coef: Weight of the contrastive loss; task router.
+        contrastive_temperature: Its temperature.
+        pooling: "mean", "first" or "last".
+    """
+
+    alpha: float
+    load_balance: str = "none"
+    balance_rate: float = 0.0
+    balance_coef: float = 0.0
+    contrastive_coef: float = 0.0
+    contrastive_temperature: float = 0.05
+    pooling: str = "mean"
+
+
+class RankExpertLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with rank-expert adapters (SMoRA, arXiv 2501.15103; MoRE, 2505.22694; LoRA, 2106.09685).
+
+    It wraps the base layer and calls it; the base layer's weight stays where it is.
+
+    Args:
+        base_layer: `nn.Linear`, transformers' `Conv1D`, or a layer that behaves as one.
+        path: Its place in the model, for messages.
+        scope: Shared by the model's adapted layers.
+
+    Attributes:
+        rank_expert_A: Adapter name to A (r, d_in).
+        rank_expert_B: Adapter name to B (d_out, r).
+        rank_expert_router: Adapter name to `TokenRouter` or `TaskRouter`; a dense adapter has none.
+
+    Example:
+        >>> layer = RankExpertLinear(nn.Linear(16, 8), path="proj", scope=RoutingScope())
+        >>> layer.add_adapter("default", r=4, settings=AdapterSettings(alpha=4))
+        >>> layer(torch.randn(2, 3, 16)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    adapter_layer_names = ("rank_expert_A", "rank_expert_B", "rank_expert_router")
+    other_param_names = ("rank_expert_dropout", "settings")
+
+    def __init__(self, base_layer: nn.Module, path: str, scope: RoutingScope) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.path = path
+        self.scope = scope
+        self.in_features, self.out_features = in_out_features(base_layer, path)
+        self.rank_expert_A = nn.ParameterDict()
+        self.rank_expert_B = nn.ParameterDict()
+        self.rank_expert_router = nn.ModuleDict()
+        self.rank_expert_dropout = nn.ModuleDict()
+        self.settings: dict[str, AdapterSettings] = {}
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.merged_tasks: dict[str, int] = {}
+        self._weight_before_merge: Tensor | None = None
+        # Not buffers: DistributedDataParallel would overwrite every rank's counts with the first rank's.
+        self._loads: dict[str, Tensor] = {}
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        r: int,
+        settings: AdapterSettings,
+        router: TokenRouter | TaskRouter | None = None,
+        dropout: float = 0.0,
+        init_weights: bool = True,
+    ) -> None:
+        """Create an adapter's parameters on the base layer's device and in its dtype.
+
+        Args:
+            adapter_name: A new name.
+            r: Ranks.
+            settings: Scale and losses.
+            router: The gate; None: dense.
+            dropout: On the input of A.
+            init_weights: B zero; False: B random, for tests.
+        """
+        self.rank_expert_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
+        self.rank_expert_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
+        self.rank_expert_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.settings[adapter_name] = settings
+        if router is not None:
+            self.rank_expert_router[adapter_name] = router
+        nn.init.kaiming_uniform_(self.rank_expert_A[adapter_name], a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.rank_expert_B[adapter_name])
+        else:
+            nn.init.kaiming_uniform_(self.rank_expert_B[adapter_name], a=math.sqrt(5))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if isinstance(router, TokenRouter) and settings.load_balance == "bias":
+            self._loads[adapter_name] = torch.zeros(router.num_experts, device=router.weight.device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, as every PEFT layer does."""
+        super().delete_adapter(adapter_name)
+        self._loads.pop(adapter_name, None)
+
+    def scale(self, adapter_name: str) -> float:
+        """Return s: alpha / top_k for a token router, alpha / r for the others (rank scaling is in the gates)."""
+        router = self._router(adapter_name)
+        divisor = router.top_k if isinstance(router, TokenRouter) else self.rank_expert_A[adapter_name].shape[0]
+        return self.settings[adapter_name].alpha / divisor
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the base layer and the active adapters.
+
+        Args:
+            x: (…, d_in).
+
+        Returns:
+            (…, d_out) in the base layer's output dtype.
+
+        Raises:
+            ValueError: A task router was not told the tasks, or they do not fit the input.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        call = self.scope.current()
+        if self.merged:
+            self._check_merged_task(call)
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if call is not None and call.adapter_names is not None:
+            return self._mixed_adapters(result, x, call)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.rank_expert_A:
+                result = self._apply_adapter(result, x, adapter_name, call)
+        return result
+
+    def _apply_adapter(self, result: Tensor, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
+        A, B = self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name]
+        gates = self._gates(x, adapter_name, call)
+        # As in PEFT's LoRA: autocast decides, and without it the adapter computes in its own dtype.
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
+        dropped = self.rank_expert_dropout[adapter_name](x)
+        y = rank_experts_reference(
+            result.reshape(-1, self.out_features),
+            dropped.reshape(-1, self.in_features),
+            A,
+            B,
+            gates,
+            self.scale(adapter_name),
+        )
+        return y.reshape(result.shape)
+
+    def _gates(self, x: Tensor, adapter_name: str, call: Call | None) -> Tensor | None:
+        router = self._router(adapter_name)
+        if isinstance(router, TokenRouter):
+            return self._token_gates(router, x, adapter_name, call)
+        if isinstance(router, TaskRouter):
+            return self._task_gates(router, x, adapter_name, call)
+        return None
+
+    def _token_gates(self, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
+        settings = self.settings[adapter_name]
+        routing: Routing = router(x.reshape(-1, self.in_features))
+        if self.training and settings.load_balance != "none":
+            mask = call.token_mask(x) if call is not None else None
+            if settings.load_balance == "bias":
+                self._report_load(expert_load(routing.indices, router.num_experts, mask), adapter_name, call)
+            elif call is not None:
+                call.losses.append((adapter_name, settings.balance_coef * balance_loss(routing, mask)))
+        return routing.gates
+
+    def _task_gates(self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
+        settings = self.settings[adapter_name]
+        ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
+        if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None:
+            mask = call.token_mask(x)
+            examples = x.reshape(len(ids), -1, self.in_features)
+            mask = None if mask is None else mask.view(examples.shape[:2])
+            pooled = pool_examples(examples, mask, settings.pooling)
+            loss = router.contrast(pooled, ids, settings.contrastive_temperature)
+            call.losses.append((adapter_name, settings.contrastive_coef * loss))
+        gates = router(ids).gates
+        num_rows = x.numel() // self.in_features
+        return gates if len(ids) in (1, num_rows) else gates.repeat_interleave(num_rows // len(ids), 0)
+
+    def _mixed_adapters(self, result: Tensor, x: Tensor, call: Call) -> Tensor:
+        # One adapter an example (PEFT's adapter_names); rows that an example spans, its beams, are adjacent.
+        names = call.adapter_names or []
+        if len(x) % len(names):
+            raise ValueError(
+                f"{self.path}: {len(names)} adapter_names for an input of shape {tuple(x.shape)}; expected one name "
+                "for each example of the batch."
+            )
+        names = [name for name in names for _ in range(len(x) // len(names))]
+        result = result.clone()
+        for adapter_name in dict.fromkeys(names):
+            if adapter_name not in self.rank_expert_A:
+                continue
+            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter_name], device=x.device)
+            own = call
+            if isinstance(self._router(adapter_name), TaskRouter) and call.tasks is not None:
+                ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
+                own = call.fork(tasks=ids.repeat_interleave(len(x) // len(ids))[rows])
+            with own.fork(mask=None):
+                result[rows] = self._apply_adapter(result[rows], x[rows], adapter_name, None)
+        return result
+
+    def _report_load(self, load: Tensor, adapter_name: str, call: Call | None) -> None:
+        if call is not None:
+            call.loads.append((self, adapter_name, load))
+        elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            # Outside of a call (a block called on its own) count at once, but not when backward recomputes.
+            self.add_load(adapter_name, load)
+
+    def add_load(self, adapter_name: str, load: Tensor) -> None:
+        """Add (E,) counts to what the next `update_router_bias` will see."""
+        with torch.no_grad():
+            self._loads[adapter_name].add_(load)
+
+    def take_load(self, adapter_name: str) -> Tensor:
+        """Return the (E,) counts since the last call and start again from zero."""
+        load = self._loads[adapter_name].clone()
+        self._loads[adapter_name].zero_()
+        return load
+
+    def merge_delta(self, adapter_name: str) -> Tensor:
+        """Return the adapter's ΔW = s · B diag(g) A, (d_out, d_in), in float32 or better.
+
+        A task router takes the one task of the surrounding `use_task`.
+
+        Raises:
+            ValueError: A token router, whose update is no static matrix, or no single task was named.
+        """
+        A, B = self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name]
+        self._check_static(adapter_name)
+        router = self._router(adapter_name)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        scaled = B.to(dtype) * self.scale(adapter_name)
+        if isinstance(router, TaskRouter):
+            scaled = scaled * router(self.merge_task_id(adapter_name)).gates.to(dtype)
+        return scaled @ A.to(dtype)
+
+    def _check_static(self, adapter_name: str) -> None:
+        if isinstance(self._router(adapter_name), TokenRouter):
+            raise ValueError(
+                f"{self.path}: adapter {adapter_name!r} routes by token, so its update differs from token to token and "
+                "has no exact static form. Either keep the router (save_rank_experts), or export the best static LoRA "
+                "for given data with export_lora(model, path, calibration=dataloader)."
+            )
+
+    def merge_task_id(self, adapter_name: str) -> Tensor:
+        """Return (1,) the id of the single task to merge: the only one, or that of the surrounding `use_task`."""
+        tasks = self.scope.tasks[adapter_name]
+        call = self.scope.current()
+        named = call.tasks if call is not None else None
+        if named is None and len(tasks) == 1:
+            named = tasks[0]
+        ids = None if named is None else task_ids_of_layer(self.scope, adapter_name, self._probe(adapter_name), self.path)
+        if ids is None or len(ids) != 1:
+            raise ValueError(
+                f"{self.path}: adapter {adapter_name!r} routes by task; a merged weight serves one. Name it: "
+                f"merge_rank_experts(model, task=...) with one of {list(tasks)}."
+            )
+        return ids
+
+    def _probe(self, adapter_name: str) -> Tensor:
+        return self.rank_expert_A[adapter_name][:1].detach()
+
+    def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Raise what `merge` would raise, and change nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
+            if name not in self.rank_expert_A:
+                continue
+            if safe_merge:
+                self._merged_weight([name], safe_merge=True)
+            elif not isinstance(self._router(name), TaskRouter):
+                self._check_static(name)
+            else:
+                self.merge_task_id(name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' updates to the base weight, keeping a copy of it, so that `unmerge` restores every bit.
+
+        Args:
+            safe_merge: Check that the result is finite before the base weight changes.
+            adapter_names: Which; None: the active ones.
+
+        Raises:
+            ValueError: See `merge_delta`; or the result is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rank_expert_A]
+        if not names:
+            return
+        merged = self._merged_weight(names, safe_merge)
+        with torch.no_grad():
+            if not self.merged:
+                self._weight_before_merge = self.get_base_weight().clone()
+            self._write_base_weight(merged)
+            self.merged_adapters.extend(names)
+            for name in names:
+                if isinstance(self._router(name), TaskRouter):
+                    self.merged_tasks[name] = int(self.merge_task_id(name))
+
+    @torch.no_grad()
+    def _merged_weight(self, names: list[str], safe_merge: bool) -> Tensor:
+        delta: Any = sum(self.merge_delta(name) for name in names)
+        delta = delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+        weight = self.get_base_weight()
+        merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"{self.path}: merging {names} gives non-finite weights; the base weight is unchanged.")
+        return merged
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit by bit."""
+        if self._weight_before_merge is not None:
+            with torch.no_grad():
+                self._write_base_weight(self._weight_before_merge)
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+        self.merged_tasks.clear()
+
+    def _write_base_weight(self, weight: Tensor) -> None:
+        # In place, so that whatever shares the weight (tied embeddings, a view) keeps sharing it.
+        self.get_base_layer().weight.copy_(weight)
+
+    def _check_merged_task(self, call: Call | None) -> None:
+        if call is None or call.tasks is None or torch.compiler.is_compiling():
+            return
+        for adapter_name, merged in self.merged_tasks.items():
+            ids = resolve_task_ids(self.scope, call.tasks, adapter_name)
+            if ids.device.type == "cpu" and bool((ids != merged).any()):
+                names = self.scope.tasks[adapter_name]
+                other = names[int(ids[ids != merged][0])]
+                raise ValueError(
+                    f"{self.path}: merged for task {names[merged]!r} and called for {other!r}. "
+                    "Call unmerge_rank_experts(model) first, or merge for the other task."
+                )
+
+    def _router(self, adapter_name: str) -> nn.Module | None:
+        return self.rank_expert_router[adapter_name] if adapter_name in self.rank_expert_router else None
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for name, load in self._loads.items():
+            router = self.rank_expert_router[name]
+            if load.device != router.weight.device:
+                self._loads[name] = torch.zeros(load.shape, device=router.weight.device)
+        return self
+
+    def __repr__(self) -> str:
+        return "rank_experts." + super().__repr__()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether PEFT may convert this layer's adapter to LoRA: only a dense one is static."""
+        return self._router(adapter_name) is None
+
+
+def in_out_features(module: nn.Module, path: str) -> tuple[int, int]:
+    """Return d_in and d_out of a layer that the library can adapt.
+
+    Args:
+        module: The base layer.
+        path: Its place in the model, for the message.
+
+    Raises:
+        TypeError: It is not a linear layer.
+
+    Example:
+        >>> in_out_features(nn.Linear(16, 8), "proj")
+        (16, 8)
+    """
+    if isinstance(module, Conv1D):
+        d_in, d_out = module.weight.shape
+        return int(d_in), int(d_out)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    raise TypeError(
+        f"{path} is a {type(module).__name__}: rank experts adapt nn.Linear and transformers' Conv1D. "
+        "Leave it out of target_modules, or put it into exclude_modules."
+    )

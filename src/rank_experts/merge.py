@@ -1,0 +1,55 @@
+"""From routed to static: merging an adapter into the base weights, and back."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .model import adapted_layers, merging
+
+
+def merge_rank_experts(
+    model: nn.Module,
+    task: str | None = None,
+    *,
+    adapter_names: list[str] | None = None,
+    safe_merge: bool = False,
+) -> nn.Module:
+    """Add the adapters' updates to the base weights, in place: W = W0 + s · B diag(g) A.
+
+    A dense adapter merges exactly, a task-routed one exactly for one task. The layers keep their adapters and a copy
+    of the base weights (as much memory as those take), from which `unmerge_rank_experts` restores every bit.
+
+    Args:
+        model: With adapters.
+        task: The task to merge for; may be left out where an adapter knows exactly one, or has no task router.
+        adapter_names: Which adapters; None: the active ones.
+        safe_merge: Refuse where a merged weight would not be finite.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: A token router is among them, the task is missing or unknown, or the model has no adapters; no
+            weight changes then.
+
+    Example:
+        >>> merge_rank_experts(model, task="rte")  # doctest: +SKIP
+    """
+    layers = list(adapted_layers(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no rank-expert adapters to merge.")
+    with merging(model, adapter_names, safe_merge, task):
+        for _, layer in layers:
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    return model
+
+
+def unmerge_rank_experts(model: nn.Module) -> nn.Module:
+    """Restore the base weights that `merge_rank_experts` changed, bit by bit, and route again.
+
+    Example:
+        >>> unmerge_rank_experts(model)  # doctest: +SKIP
+    """
+    for _, layer in adapted_layers(model):
+        layer.unmerge()
+    return model

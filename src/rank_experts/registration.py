@@ -1,0 +1,64 @@
+"""Makes PEFT know the method: the one place where this library reaches into PEFT.
+
+Done once, when `rank_experts` is imported. Three things, each harmless to other methods:
+
+1. PEFT finds methods through the enum `PeftType`, which offers no way to add one; the member is added by hand. Where
+   a later PEFT has a member of this name, that one is used.
+2. `register_peft_method`, PEFT's own function, enters config and tuner.
+3. `PeftModel`'s classes by task type take `task_ids` as a named argument and drop it for every method but Poly.
+   A `PeftModel` that holds our tuner therefore gets a forward that hands `task_ids` on before that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from .boundary import install
+from .config import PEFT_TYPE, RankExpertConfig
+from .model import RankExpertModel
+
+
+def _add_enum_member() -> None:
+    if PEFT_TYPE in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, PEFT_TYPE)
+    member._name_ = PEFT_TYPE
+    member._value_ = PEFT_TYPE
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_names_.append(PEFT_TYPE)
+    PeftType._member_map_[PEFT_TYPE] = member
+    PeftType._value2member_map_[PEFT_TYPE] = member
+    type.__setattr__(PeftType, PEFT_TYPE, member)
+
+
+def _pass_task_ids() -> None:
+    original = PeftModel.__init__
+
+    @functools.wraps(original)
+    def __init__(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if isinstance(self.base_model, RankExpertModel):
+            # Plain PeftModel.forward and generate strip these before they call the base model.
+            self.special_peft_forward_args.add("task_ids")
+            install(self, self.base_model.scope, "entry")
+
+    PeftModel.__init__ = __init__
+
+
+def register() -> None:
+    """Register the method with PEFT; the second call does nothing."""
+    if PEFT_TYPE in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    _add_enum_member()
+    register_peft_method(
+        name=PEFT_TYPE.lower(),
+        config_cls=RankExpertConfig,
+        model_cls=RankExpertModel,
+        prefix=RankExpertModel.prefix,
+    )
+    _pass_task_ids()
