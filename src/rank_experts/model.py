@@ -380,6 +380,7 @@ def inject_rank_experts(
                 "first."
             )
     find_targets(model, config)
+    config = copy.deepcopy(config)  # PEFT writes what "all-linear" stands for into the config that it is given.
     if config.base_model_name_or_path is None and isinstance(model, PreTrainedModel):
         config.base_model_name_or_path = model.name_or_path or None
     tuner = RankExpertModel(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)

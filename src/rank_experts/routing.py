@@ -363,7 +363,7 @@ class TaskRouter(nn.Module):
         best = probabilities.argmax(-1, keepdim=True)
         chosen = probabilities.gather(-1, best)
         rank = torch.arange(self.r, device=best.device)
-        gates = (rank <= best).to(dtype) * (1 + chosen - chosen.detach())
+        gates = (rank <= best).to(dtype) * (1 + (chosen - chosen.detach()))
         if self.rank_scaling == "task":
             gates = gates * (best + 1).to(dtype) / self.num_tasks
         elif self.rank_scaling == "rank":
