@@ -66,4 +66,6 @@ def assert_same_gradients(first: dict, second: dict, **tolerance) -> None:
     assert first.keys() == second.keys()
     assert first
     for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )

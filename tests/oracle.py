@@ -18,10 +18,8 @@ def token_gate(x, W, b, top_k, expert_rank=1, score="sigmoid", biased=False):
             keys = [z_i + b_i for z_i, b_i in zip(z, b)]
         order = sorted(range(len(z)), key=lambda i: (-float(keys[i].detach()), i))
         chosen = order[:top_k]
-        if biased:
-            values = keys if score == "sigmoid" else [torch.exp(k_i) for k_i in keys]
-        else:
-            values = scores
+        leaking = keys if score == "sigmoid" else [torch.exp(k_i) for k_i in keys]
+        values = leaking if biased else scores
         total = sum(values[i] for i in chosen)
         gate = [top_k * values[i] / total if i in chosen else 0 * z[i] for i in range(len(z))]
         rows.append(torch.stack([gate[j // expert_rank] for j in range(len(z) * expert_rank)]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import oracle
 from rank_experts.context import Call, RoutingScope
 from rank_experts.layer import AdapterSettings, RankExpertLinear
 from rank_experts.routing import TaskRouter, TokenRouter
@@ -83,13 +83,11 @@ def test_forward_and_every_gradient_equal_the_oracle(kind, options, shape):
 def test_gradcheck(kind):
     layer = make_layer(kind, d_in=3, d_out=4, r=4)
     x = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    trained = [p for p in (layer.rank_expert_A["default"], layer.rank_expert_B["default"])]
+    trained = (layer.rank_expert_A["default"], layer.rank_expert_B["default"])
 
     def function(x, A, B):
         with Call(layer.scope, tasks=torch.tensor([0, 2]) if kind == "task" else None):
-            return torch.func.functional_call(
-                layer, {"rank_expert_A.default": A, "rank_expert_B.default": B}, (x,)
-            )
+            return torch.func.functional_call(layer, {"rank_expert_A.default": A, "rank_expert_B.default": B}, (x,))
 
     assert torch.autograd.gradcheck(function, (x, *trained))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import CONFIGS, assert_unchanged, fingerprint, task_config, token_config
-from models import CAUSAL, MODELS, TARGETS, batch, bert, gpt2, llama
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from helpers import CONFIGS, assert_unchanged, fingerprint, task_config, token_config
+from models import CAUSAL, MODELS, TARGETS, batch, bert, gpt2, llama
 from rank_experts import (
     RankExpertConfig,
     inject_rank_experts,
@@ -143,7 +143,11 @@ def test_default_targets_are_pefts():
 
 
 REFUSED = {
-    "nothing matches": (token_config(target_modules=["q_porj"]), ValueError, r"No module .*q_porj.*nearest is 'q_proj'"),
+    "nothing matches": (
+        token_config(target_modules=["q_porj"]),
+        ValueError,
+        r"No module .*q_porj.*nearest is 'q_proj'",
+    ),
     "regex matches nothing": (token_config(target_modules=r".*\.nothing"), ValueError, r"No module"),
     "not linear": (token_config(target_modules=["embed_tokens"]), TypeError, r"model\.embed_tokens is a Embedding"),
     "top_k beyond a pattern's experts": (

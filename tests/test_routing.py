@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
+import oracle
 from rank_experts.routing import (
     TaskRouter,
     TokenRouter,
@@ -103,7 +103,9 @@ def test_balance_loss_is_switch_transformers():
     share = torch.stack([(kept.argmax(-1) == i).double().mean() for i in range(4)])
     expected = 4 * (share * kept.mean(0)).sum()
     torch.testing.assert_close(balance_loss(routing, mask), expected)
-    got, want = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (balance_loss(routing, mask), expected))
+    got, want = (
+        torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (balance_loss(routing, mask), expected)
+    )
     torch.testing.assert_close(got, want)
     assert balance_loss(routing, torch.zeros(6, dtype=torch.bool)) == 0
 
@@ -139,7 +141,9 @@ def test_contrastive_loss_equals_the_oracle():
     torch.testing.assert_close(torch.autograd.grad(got, (h, e)), torch.autograd.grad(want, (h, e)))
 
 
-@pytest.mark.parametrize(("pooling", "expected"), [("mean", [[2.0], [4.5]]), ("first", [[1.0], [4.0]]), ("last", [[3.0], [5.0]])])
+@pytest.mark.parametrize(
+    ("pooling", "expected"), [("mean", [[2.0], [4.5]]), ("first", [[1.0], [4.0]]), ("last", [[3.0], [5.0]])]
+)
 def test_pooling_leaves_padding_out_wherever_it_lies(pooling, expected):
     x = torch.tensor([[[1.0], [3.0], [9.0]], [[9.0], [4.0], [5.0]]])
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])

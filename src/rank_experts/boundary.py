@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import Call, RoutingScope, Tasks, bind_checkpointing, check_task_ids, unbind_checkpointing
 from ._warnings import warn_once
+from .context import Call, RoutingScope, Tasks, bind_checkpointing, check_task_ids, unbind_checkpointing
 
 _SILENT_CALLS = 1000
 _UNUSED_LOSSES = 100
@@ -43,6 +43,7 @@ class RoutedForward:
         self.__signature__ = _with_task_ids(signature)
 
     def __call__(self, *args: Any, task_ids: Tasks | None = None, **kwargs: Any) -> Any:
+        """Forward with a call around it; `task_ids` are (batch,) ids, a task's name, or a name an example."""
         if self.role == "model":
             return self._model(args, kwargs, task_ids)
         outer = self.scope.current()

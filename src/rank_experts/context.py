@@ -135,7 +135,9 @@ class Call:
 
 def _same_tensor(x: Tensor, other: Tensor) -> bool:
     # Reentrant checkpointing hands a block detached copies, which share the storage.
-    return x is other or (not torch.compiler.is_compiling() and x.shape == other.shape and x.data_ptr() == other.data_ptr())
+    return x is other or (
+        not torch.compiler.is_compiling() and x.shape == other.shape and x.data_ptr() == other.data_ptr()
+    )
 
 
 def resolve_task_ids(scope: RoutingScope, tasks: Tasks, adapter: str) -> Tensor:
@@ -161,7 +163,8 @@ def resolve_task_ids(scope: RoutingScope, tasks: Tasks, adapter: str) -> Tensor:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"Task {name!r} is unknown to adapter {adapter!r}, which knows {list(known)}.{nearest(str(name), known)}"
+                f"Task {name!r} is unknown to adapter {adapter!r}, which knows {list(known)}."
+                f"{nearest(str(name), known)}"
             )
     return torch.tensor([known.index(name) for name in names])
 
@@ -267,6 +270,7 @@ class CheckpointInCall:
         self.scope = scope
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `function(*args)` and return what it returns."""
         call = self.scope.current()
         if call is None:
             return self.checkpoint(function, *args, **kwargs)

@@ -212,7 +212,7 @@ def expected_tensors(
 
 
 def _saved_modules(model: nn.Module, config: RankExpertConfig) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
         if any(path == name or path.endswith(f".{name}") for name in config.modules_to_save or ()):
             for key, tensor in module.state_dict().items():
@@ -221,7 +221,7 @@ def _saved_modules(model: nn.Module, config: RankExpertConfig) -> dict[str, tupl
 
 
 def _biases(model: nn.Module, config: RankExpertConfig, targets: dict[str, Target]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     if config.bias == "none":
         return shapes
     for name, parameter in model.named_parameters():
@@ -273,5 +273,3 @@ def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]], config: Ran
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-

@@ -8,7 +8,7 @@ Shapes: N tokens (all leading dimensions of the input together), d_in and d_out 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -280,7 +280,9 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         named = call.tasks if call is not None else None
         if named is None and len(tasks) == 1:
             named = tasks[0]
-        ids = None if named is None else task_ids_of_layer(self.scope, adapter_name, self._probe(adapter_name), self.path)
+        ids = (
+            None if named is None else task_ids_of_layer(self.scope, adapter_name, self._probe(adapter_name), self.path)
+        )
         if ids is None or len(ids) != 1:
             raise ValueError(
                 f"{self.path}: adapter {adapter_name!r} routes by task; a merged weight serves one. Name it: "
@@ -363,19 +365,21 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
                     "Call unmerge_rank_experts(model) first, or merge for the other task."
                 )
 
-    def _router(self, adapter_name: str) -> nn.Module | None:
-        return self.rank_expert_router[adapter_name] if adapter_name in self.rank_expert_router else None
+    def _router(self, adapter_name: str) -> TokenRouter | TaskRouter | None:
+        if adapter_name not in self.rank_expert_router:
+            return None
+        return cast(TokenRouter | TaskRouter, self.rank_expert_router[adapter_name])
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         for name, load in self._loads.items():
-            router = self.rank_expert_router[name]
-            if load.device != router.weight.device:
-                self._loads[name] = torch.zeros(load.shape, device=router.weight.device)
+            device = self.rank_expert_A[name].device
+            if load.device != device:
+                self._loads[name] = torch.zeros(load.shape, device=device)
         return self
 
     def __repr__(self) -> str:
-        return "rank_experts." + super().__repr__()
+        return "rank_experts." + nn.Module.__repr__(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether PEFT may convert this layer's adapter to LoRA: only a dense one is static."""

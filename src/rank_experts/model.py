@@ -84,7 +84,7 @@ def find_targets(model: nn.Module, config: RankExpertConfig) -> dict[str, Target
 
 
 def _default_targets(model: nn.Module) -> set[str]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
     if (names := TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)) is None:
         raise ValueError(
             f"target_modules is not set and PEFT has no default for model type {model_type!r}. "
@@ -103,8 +103,8 @@ def _check_target(path: str, module: nn.Module, config: RankExpertConfig) -> Tar
         d_in, d_out = module.in_features, module.out_features
     else:
         d_in, d_out = in_out_features(module, path)
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.alpha)
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), path), config.alpha)
     if config.router == "token":
         check_experts(r, config.expert_rank, config.top_k, where=path)
     return Target(module, r, alpha, d_in, d_out)
@@ -261,7 +261,7 @@ class RankExpertModel(BaseTuner):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         uninstall(model)
         return model
 
@@ -311,9 +311,7 @@ def _pass_adapter_names(model: nn.Module, adapter_names: list[str], num_beams: i
 
 
 @contextmanager
-def merging(
-    model: nn.Module, adapter_names: list[str] | None, safe_merge: bool, task: str | None
-) -> Iterator[None]:
+def merging(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool, task: str | None) -> Iterator[None]:
     """Name the task for a block that merges, after refusing whatever can be refused. Changes nothing itself."""
     with use_task(model, task) if task is not None else nullcontext():
         for _, layer in adapted_layers(model):

@@ -309,6 +309,8 @@ class TaskRouter(nn.Module):
         torch.Size([2, 8])
     """
 
+    projection: nn.Parameter | None
+
     def __init__(
         self,
         d_in: int,
