@@ -350,7 +350,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
 
     def _write_base_weight(self, weight: Tensor) -> None:
         # In place, so that whatever shares the weight (tied embeddings, a view) keeps sharing it.
-        self.get_base_layer().weight.copy_(weight)
+        self.get_base_layer().get_parameter("weight").copy_(weight)
 
     def _check_merged_task(self, call: Call | None) -> None:
         if call is None or call.tasks is None or torch.compiler.is_compiling():
