@@ -26,13 +26,13 @@ demo: $(STAMP) ## train LoRA, SMoRA and MoRE on four tasks, on the CPU, in minut
 	$(BIN)/rank-experts demo
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(STAMP) ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .

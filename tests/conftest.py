@@ -7,6 +7,9 @@ import os
 import pytest
 import torch
 
+# Tiny models are fastest on one thread, and the workers of pytest-xdist share the cores.
+torch.set_num_threads(1)
+
 # No test may wait for a hub that a machine cannot reach.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

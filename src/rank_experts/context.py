@@ -99,6 +99,7 @@ class Call:
     losses: list[tuple[str, Tensor]] = field(default_factory=list)
     observers: tuple[Callable[..., None], ...] = ()
     outer: Call | None = None
+    _resolved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
 
     def fork(self, **changes: Any) -> Call:
         """Return a call with the same tasks, masks and observers that collects its own loads and losses."""
@@ -106,6 +107,14 @@ class Call:
         values = {name: getattr(self, name) for name in inherited}
         values.update(changes)
         return Call(self.scope, **values)
+
+    def task_ids(self, adapter: str, device: torch.device) -> Tensor:
+        """Return the (B,) or (1,) ids that `tasks` stands for; resolved once a call."""
+        assert self.tasks is not None
+        if (adapter, device) not in self._resolved:
+            ids = resolve_task_ids(self.scope, self.tasks, adapter)
+            self._resolved[adapter, device] = ids.to(device, non_blocking=True)
+        return self._resolved[adapter, device]
 
     def __enter__(self) -> Call:
         if torch.compiler.is_compiling():
@@ -217,7 +226,7 @@ def task_ids_of_layer(scope: RoutingScope, adapter: str, x: Tensor, path: str) -
             # A `use_task` block around a compiled model is seen when the graph runs, not when it is traced.
             return current_task_ids(x, scope.key, adapter, path)
         raise ValueError(_no_task_message(scope, adapter, path))
-    ids = resolve_task_ids(scope, call.tasks, adapter).to(x.device, non_blocking=True)
+    ids = call.task_ids(adapter, x.device)
     if len(ids) == 0 or num_rows % len(ids) or (x.dim() > 2 and x.shape[0] % len(ids)):
         raise ValueError(
             f"{path}: {len(ids)} task ids for an input of shape {tuple(x.shape)}. Expected one id for each example of "

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .context import Call, RoutingScope, resolve_task_ids, task_ids_of_layer
+from .context import Call, RoutingScope, task_ids_of_layer
 from .ops import rank_experts_reference
 from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
 
@@ -356,8 +356,8 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         if call is None or call.tasks is None or torch.compiler.is_compiling():
             return
         for adapter_name, merged in self.merged_tasks.items():
-            ids = resolve_task_ids(self.scope, call.tasks, adapter_name)
-            if ids.device.type == "cpu" and bool((ids != merged).any()):
+            ids = call.task_ids(adapter_name, torch.device("cpu"))
+            if bool((ids != merged).any()):
                 names = self.scope.tasks[adapter_name]
                 other = names[int(ids[ids != merged][0])]
                 raise ValueError(

@@ -16,12 +16,12 @@ from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from .boundary import install_model, uninstall
+from .boundary import RoutedForward, install_model, uninstall
 from .config import RankExpertConfig, check_experts, nearest
-from .context import Call, RoutingScope, Tasks, check_task_ids, resolve_task_ids
+from .context import Call, RoutingScope, Tasks, resolve_task_ids
 from .layer import AdapterSettings, RankExpertLinear, in_out_features
 from .routing import TaskRouter, TokenRouter
 
@@ -143,7 +143,7 @@ class RankExpertModel(BaseTuner):
     @property
     def scope(self) -> RoutingScope:
         """The scope that the adapted layers share."""
-        return next(iter(routing_scopes(self.model)))
+        return next(layer.scope for _, layer in adapted_layers(self.model))
 
     def _check_new_adapter_config(self, config: RankExpertConfig) -> None:
         # PEFT calls this before it changes the model.
@@ -173,7 +173,7 @@ class RankExpertModel(BaseTuner):
         if isinstance(target, RankExpertLinear):
             layer = target
         else:
-            scope = next(iter(routing_scopes(self.model)), None) or RoutingScope()
+            scope = next((layer.scope for _, layer in adapted_layers(self.model)), None) or RoutingScope()
             layer = RankExpertLinear(target, path=current_key, scope=scope)
         if peft_config.router == "task":
             layer.scope.tasks[adapter_name] = tuple(peft_config.tasks or ())
@@ -386,6 +386,18 @@ def inject_rank_experts(
     return model
 
 
+def _check_known(scope: RoutingScope, tasks: Tasks) -> None:
+    # Adapters may know different tasks; what none of them knows is refused here, the rest where a layer asks.
+    refusals = []
+    for adapter_name in scope.tasks:
+        try:
+            resolve_task_ids(scope, tasks, adapter_name)
+            return
+        except ValueError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
 @contextmanager
 def use_task(model: nn.Module, tasks: Tasks) -> Iterator[None]:
     """Say for a block of calls which task, or which task an example, the adapters shall route for.
@@ -404,7 +416,9 @@ def use_task(model: nn.Module, tasks: Tasks) -> Iterator[None]:
         >>> with use_task(model, "rte"):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
-    scopes = [scope for scope in routing_scopes(model) if scope.tasks]
+    forward = model.__dict__.get("forward")
+    candidates = [forward.scope] if isinstance(forward, RoutedForward) else routing_scopes(model)
+    scopes = [scope for scope in candidates if scope.tasks]
     if not scopes:
         raise ValueError(
             f"use_task: {type(model).__name__} has no task-routed adapter. "
@@ -412,12 +426,7 @@ def use_task(model: nn.Module, tasks: Tasks) -> Iterator[None]:
         )
     calls = []
     for scope in scopes:
-        active = {name for _, layer in adapted_layers(model) if layer.scope is scope for name in layer.active_adapters}
-        for adapter_name in scope.tasks.keys() & active:
-            if isinstance(tasks, Tensor):
-                check_task_ids(tasks, len(scope.tasks[adapter_name]), f"adapter {adapter_name!r}")
-            else:
-                resolve_task_ids(scope, tasks, adapter_name)
+        _check_known(scope, tasks)
         outer = scope.current()
         calls.append(Call(scope, tasks=tasks) if outer is None else outer.fork(tasks=tasks))
     for call in calls:
