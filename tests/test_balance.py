@@ -7,6 +7,7 @@ import warnings
 import datasets
 import pytest
 import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from helpers import task_config, token_config
@@ -221,3 +222,21 @@ def test_trainer_keeps_the_task_ids_column(tmp_path):
         output_dir=str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True
     )
     Trainer(model, arguments, train_dataset=datasets.Dataset.from_list(examples)).train()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_block_checkpointed_by_hand_counts_once(use_reentrant):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=use_reentrant)
+
+    model = inject_rank_experts(Block(), token_config(target_modules=["proj"])).train()
+    model(torch.randn(5, 6, requires_grad=True)).sum().backward()
+    assert [load.sum() for load in loads(model).values()] == [5 * 4]
+    # Called without the model around it, a layer counts as well.
+    model.proj(torch.randn(3, 6))
+    assert [load.sum() for load in loads(model).values()] == [8 * 4]
