@@ -240,10 +240,16 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
     def add_load(self, adapter_name: str, load: Tensor) -> None:
         """Add (E,) counts to what the next `update_router_bias` will see."""
         with torch.no_grad():
+            if self._loads[adapter_name].device != load.device:
+                # The adapter came to life on another device than it was created on: meta, when loading sparingly.
+                self._loads[adapter_name] = torch.zeros_like(load)
             self._loads[adapter_name].add_(load)
 
     def take_load(self, adapter_name: str) -> Tensor:
         """Return the (E,) counts since the last call and start again from zero."""
+        if self._loads[adapter_name].is_meta:
+            device = self.rank_expert_router[adapter_name].weight.device
+            self._loads[adapter_name] = torch.zeros(self._loads[adapter_name].shape, device=device)
         load = self._loads[adapter_name].clone()
         self._loads[adapter_name].zero_()
         return load
