@@ -1,23 +1,21 @@
-"""The three gates as small configs, and what a model of one of them is called with."""
+"""The three gates as adapters of tiny models, and what such a model is called with."""
 
 from __future__ import annotations
 
 import torch
 from peft import get_peft_model
 
+import models
+from helpers import CONFIGS, TASKS
 from rank_experts import RankExpertConfig
 
-from . import models
-
 GATES = ("token", "task", "dense")
-TASKS = ("cola", "rte", "sst")
 
 
 def config(gate: str, **kwargs) -> RankExpertConfig:
-    """A config whose adapter changes the model's output from the start."""
-    own = {"token": {"top_k": 2}, "task": {"tasks": list(TASKS)}, "dense": {}}[gate]
-    common = {"r": 4, "alpha": 16, "target_modules": "all-linear", "init_weights": False}
-    return RankExpertConfig(router=gate, **(common | own | kwargs))
+    """A config of four ranks whose adapter changes the model's output from the start."""
+    small = {"r": 4, "alpha": 16} | ({"top_k": 2} if gate == "token" else {})
+    return CONFIGS[gate](**(small | kwargs))
 
 
 def tasks(gate: str, size: int = 4) -> dict[str, torch.Tensor]:
@@ -46,7 +44,7 @@ def logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def randomise(model, adapter_name: str = "default", seed: int = 1) -> None:
-    """Give the trainable tensors of an adapter, and its balancing bias, new values."""
+    """Move every tensor of an adapter, its balancing bias included."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
