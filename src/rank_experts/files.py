@@ -251,10 +251,10 @@ def optional_tensors(
     paths = {id(module): path for path, module in model.named_modules()}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         embedding = getattr(model, getter)() if hasattr(model, getter) else None
-        if embedding is not None and id(embedding) in paths:
-            path = paths[id(embedding)]
+        if id(embedding) in paths and isinstance(getattr(embedding, "weight", None), Tensor):
+            path, weight = paths[id(embedding)], embedding.weight
             inner = "base_layer.weight" if path in targets else "weight"
-            shapes[f"{_PREFIX}{path}.{inner}"] = tuple(embedding.weight.shape)
+            shapes[f"{_PREFIX}{path}.{inner}"] = tuple(weight.shape)
     if config.bias == "all":
         for key, shape in _saved_modules(model, config).items():
             path, _, leaf = key.rpartition(".")
