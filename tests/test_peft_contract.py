@@ -22,6 +22,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 
 import models
@@ -30,6 +31,8 @@ from helpers import TASKS
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, use_task
 from rank_experts.layer import RankExpertLinear
 from rank_experts.model import adapted_layers
+
+OLD_PEFT = not hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 pytestmark = pytest.mark.parametrize("gate", GATES)
 
@@ -185,8 +188,9 @@ def test_transformers_add_adapter(gate, base, tmp_path):
     equal(logits(base, batch(gate)), plain)
     base.enable_adapters()
     equal(logits(base, batch(gate)), first)
-    base.delete_adapter("two")
-    equal(logits(base, batch(gate)), first)
+    if not OLD_PEFT:  # It would look for our layers under a prefix that it makes of the method's name.
+        base.delete_adapter("two")
+        equal(logits(base, batch(gate)), first)
 
 
 def test_transformers_save_and_load_adapter(gate, base, tmp_path):
@@ -456,7 +460,7 @@ def test_safe_merge_refuses_what_is_not_finite(gate):
     before = [layer.base_layer.weight.clone() for layer in layers]
     with pytest.raises(ValueError, match="non-finite"):
         model.merge_and_unload(safe_merge=True, **({"task": TASKS[1]} if gate == "task" else {}))
-    for layer, weight in zip(layers, before):
+    for layer, weight in zip(layers, before, strict=True):
         equal(layer.base_layer.weight, weight, rtol=0, atol=0)
         assert not layer.merged
 
@@ -560,6 +564,10 @@ def test_default_target_modules(gate):
 
 @pytest.mark.parametrize("bias", ["none", "all", "rank_expert_only"])
 def test_bias(gate, bias, tmp_path):
+    if OLD_PEFT and bias != "none":
+        with pytest.raises(ValueError, match="would not save the trained biases"):
+            peft_model(gate, "bert", bias=bias, target_modules=["query"])
+        return
     model = peft_model(gate, "bert", bias=bias, target_modules=["query"], modules_to_save=["classifier"])
     biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")}
     biases = {name for name in biases if "classifier" not in name}
