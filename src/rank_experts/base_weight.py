@@ -18,7 +18,7 @@ _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _READABLE = (None, "bitsandbytes 8-bit", "bitsandbytes 4-bit", "torchao")
 
 
-def quantisation(layer: nn.Module) -> str | None:
+def quantisation(layer: Any) -> str | None:
     """Name what a base layer is quantised with.
 
     Returns:
@@ -42,7 +42,7 @@ def quantisation(layer: nn.Module) -> str | None:
     return None if plain else type(layer).__name__
 
 
-def check_readable(layer: nn.Module, path: str) -> None:
+def check_readable(layer: Any, path: str) -> None:
     """Check that `read_weight` can read a base layer's weight.
 
     Raises:
@@ -60,7 +60,7 @@ def check_readable(layer: nn.Module, path: str) -> None:
     )
 
 
-def read_weight(layer: nn.Module, path: str) -> Tensor:
+def read_weight(layer: Any, path: str) -> Tensor:
     """Return a base layer's weight, dequantised where it is quantised.
 
     Args:
@@ -86,7 +86,7 @@ def read_weight(layer: nn.Module, path: str) -> Tensor:
     return layer.weight.dequantize()
 
 
-def write_weight(layer: nn.Module, weight: Tensor) -> None:
+def write_weight(layer: Any, weight: Tensor) -> None:
     """Replace a base layer's weight by one of the same shape, which `read_weight` can read.
 
     A plain weight changes in place, so that whatever shares it keeps sharing it. bitsandbytes quantises the new
@@ -109,7 +109,8 @@ def write_weight(layer: nn.Module, weight: Tensor) -> None:
         return
     old = layer.weight
     if kind == "bitsandbytes 8-bit":
-        layer.weight = type(old)(weight.cpu(), requires_grad=False, has_fp16_weights=old.has_fp16_weights).to(old.device)
+        kept = {"has_fp16_weights": old.has_fp16_weights}
+        layer.weight = type(old)(weight.cpu(), requires_grad=False, **kept).to(old.device)
         layer.state.reset_grads()
     else:
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
@@ -117,7 +118,7 @@ def write_weight(layer: nn.Module, weight: Tensor) -> None:
         layer.weight = type(old)(weight.cpu(), requires_grad=False, **kept).to(old.device)
 
 
-def keep_weight(layer: nn.Module) -> Any:
+def keep_weight(layer: Any) -> Any:
     """Return what `restore_weight` needs to put a base layer's weight back, bit by bit."""
     kind = quantisation(layer)
     if kind is None:
@@ -127,7 +128,7 @@ def keep_weight(layer: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def restore_weight(layer: nn.Module, kept: Any) -> None:
+def restore_weight(layer: Any, kept: Any) -> None:
     """Put back the weight that `keep_weight` kept."""
     if isinstance(kept, Tensor):
         layer.weight.data.copy_(kept)

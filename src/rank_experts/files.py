@@ -251,8 +251,9 @@ def optional_tensors(
     paths = {id(module): path for path, module in model.named_modules()}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         embedding = getattr(model, getter)() if hasattr(model, getter) else None
-        if id(embedding) in paths and isinstance(getattr(embedding, "weight", None), Tensor):
-            path, weight = paths[id(embedding)], embedding.weight
+        weight = getattr(embedding, "weight", None)
+        if id(embedding) in paths and isinstance(weight, Tensor):
+            path = paths[id(embedding)]
             inner = "base_layer.weight" if path in targets else "weight"
             shapes[f"{_PREFIX}{path}.{inner}"] = tuple(weight.shape)
     if config.bias == "all":

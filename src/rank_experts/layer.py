@@ -250,7 +250,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
     def take_load(self, adapter_name: str) -> Tensor:
         """Return the (E,) counts since the last call and start again from zero."""
         if self._loads[adapter_name].is_meta:
-            device = self.rank_expert_router[adapter_name].weight.device
+            device = self.rank_expert_A[adapter_name].device
             self._loads[adapter_name] = torch.zeros(self._loads[adapter_name].shape, device=device)
         load = self._loads[adapter_name].clone()
         self._loads[adapter_name].zero_()
