@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 FORMAT_VERSION = 1
 """The version of the files on disk. A reader refuses a higher one."""
@@ -121,7 +121,8 @@ class RankExpertConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        # A member of PEFT's enum, as of every PEFT config; `registration` has added it by now.
+        self.peft_type = PeftType(PEFT_TYPE)
         self._check_values()
         self._check_tasks()
         self._check_targets()

@@ -126,7 +126,9 @@ def load_rank_experts(
     config = read_config(folder)
     config.inference_mode = not is_trainable
     targets = find_targets(model, config)
-    tensors = read_tensors(folder, expected_tensors(model, config, targets), config)
+    tensors = read_tensors(
+        folder, expected_tensors(model, config, targets), config, optional=optional_tensors(model, config, targets)
+    )
     inject_rank_experts(
         model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=False
     )
@@ -232,13 +234,49 @@ def _biases(model: nn.Module, config: RankExpertConfig, targets: dict[str, Targe
     return shapes
 
 
-def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]], config: RankExpertConfig) -> dict[str, Tensor]:
+def optional_tensors(
+    model: nn.Module, config: RankExpertConfig, targets: dict[str, Target]
+) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes that PEFT may write beside the adapter's own.
+
+    Whole embeddings, where a target is one of them or the vocabulary was resized, and with bias="all" a second copy
+    of the biases within modules_to_save.
+
+    Args:
+        model: The base model.
+        config: The adapter's.
+        targets: From `find_targets`.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        embedding = getattr(model, getter)() if hasattr(model, getter) else None
+        weight = getattr(embedding, "weight", None)
+        if id(embedding) in paths and isinstance(weight, Tensor):
+            path = paths[id(embedding)]
+            inner = "base_layer.weight" if path in targets else "weight"
+            shapes[f"{_PREFIX}{path}.{inner}"] = tuple(weight.shape)
+    if config.bias == "all":
+        for key, shape in _saved_modules(model, config).items():
+            path, _, leaf = key.rpartition(".")
+            if leaf == "bias":
+                shapes |= {f"{path}.modules_to_save.bias": shape, f"{path}.original_module.bias": shape}
+    return shapes
+
+
+def read_tensors(
+    folder: Path,
+    expected: dict[str, tuple[int, ...]],
+    config: RankExpertConfig,
+    optional: dict[str, tuple[int, ...]] | None = None,
+) -> dict[str, Tensor]:
     """Read an adapter's tensors after comparing the file's header with what is expected.
 
     Args:
         folder: Where `adapter_model.safetensors` lies.
         expected: Name to shape.
         config: The adapter's, for messages.
+        optional: Name to shape of what may be there too.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -254,6 +292,7 @@ def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]], config: Ran
             found = set(tensors.keys())
             if missing := sorted(expected.keys() - found):
                 raise ValueError(f"{file} lacks {_few(missing)}.{hint}")
+            expected = expected | {name: shape for name, shape in (optional or {}).items() if name in found}
             if unexpected := sorted(found - expected.keys()):
                 raise ValueError(f"{file} holds unexpected tensors: {_few(unexpected)}.{hint}")
             for name, shape in expected.items():

@@ -7,6 +7,7 @@ Shapes: N tokens (all leading dimensions of the input together), d_in and d_out 
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_weight import check_readable, keep_weight, read_weight, restore_weight, write_weight
 from .context import Call, RoutingScope, task_ids_of_layer
 from .ops import rank_experts_reference
 from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
@@ -82,7 +84,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self.merged_tasks: dict[str, int] = {}
-        self._weight_before_merge: Tensor | None = None
+        self._weight_before_merge: Any = None
         # Not buffers: DistributedDataParallel would overwrite every rank's counts with the first rank's.
         self._loads: dict[str, Tensor] = {}
 
@@ -240,10 +242,16 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
     def add_load(self, adapter_name: str, load: Tensor) -> None:
         """Add (E,) counts to what the next `update_router_bias` will see."""
         with torch.no_grad():
+            if self._loads[adapter_name].device != load.device:
+                # The adapter came to life on another device than it was created on: meta, when loading sparingly.
+                self._loads[adapter_name] = torch.zeros_like(load)
             self._loads[adapter_name].add_(load)
 
     def take_load(self, adapter_name: str) -> Tensor:
         """Return the (E,) counts since the last call and start again from zero."""
+        if self._loads[adapter_name].is_meta:
+            device = self.rank_expert_A[adapter_name].device
+            self._loads[adapter_name] = torch.zeros(self._loads[adapter_name].shape, device=device)
         load = self._loads[adapter_name].clone()
         self._loads[adapter_name].zero_()
         return load
@@ -299,6 +307,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         for name in names:
             if name not in self.rank_expert_A:
                 continue
+            check_readable(self.get_base_layer(), self.path)
             if safe_merge:
                 self._merged_weight([name], safe_merge=True)
             elif not isinstance(self._router(name), TaskRouter):
@@ -322,8 +331,8 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         merged = self._merged_weight(names, safe_merge)
         with torch.no_grad():
             if not self.merged:
-                self._weight_before_merge = self.get_base_weight().clone()
-            self._write_base_weight(merged)
+                self._weight_before_merge = keep_weight(self.get_base_layer())
+            write_weight(self.get_base_layer(), merged)
             self.merged_adapters.extend(names)
             for name in names:
                 if isinstance(self._router(name), TaskRouter):
@@ -333,7 +342,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
     def _merged_weight(self, names: list[str], safe_merge: bool) -> Tensor:
         delta: Any = sum(self.merge_delta(name) for name in names)
         delta = delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
-        weight = self.get_base_weight()
+        weight = read_weight(self.get_base_layer(), self.path)
         merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"{self.path}: merging {names} gives non-finite weights; the base weight is unchanged.")
@@ -342,15 +351,10 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the base weight back, bit by bit."""
         if self._weight_before_merge is not None:
-            with torch.no_grad():
-                self._write_base_weight(self._weight_before_merge)
+            restore_weight(self.get_base_layer(), self._weight_before_merge)
         self._weight_before_merge = None
         self.merged_adapters.clear()
         self.merged_tasks.clear()
-
-    def _write_base_weight(self, weight: Tensor) -> None:
-        # In place, so that whatever shares the weight (tied embeddings, a view) keeps sharing it.
-        self.get_base_layer().get_parameter("weight").copy_(weight)
 
     def _check_merged_task(self, call: Call | None) -> None:
         if call is None or call.tasks is None or torch.compiler.is_compiling():
@@ -403,9 +407,17 @@ def in_out_features(module: nn.Module, path: str) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         d_in, d_out = module.weight.shape
         return int(d_in), int(d_out)
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(module, nn.Linear) or (all(isinstance(size, int) for size in sizes) and _takes_one_input(module)):
+        return sizes  # type: ignore[return-value]
     raise TypeError(
-        f"{path} is a {type(module).__name__}: rank experts adapt nn.Linear and transformers' Conv1D. "
-        "Leave it out of target_modules, or put it into exclude_modules."
+        f"{path} is a {type(module).__name__}: rank experts adapt nn.Linear, transformers' Conv1D, and layers of other "
+        "libraries that have in_features and out_features and are called with one input. Leave it out of "
+        "target_modules, or put it into exclude_modules."
     )
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(required) <= 1

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import peft
 from peft import PeftModel
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -148,6 +149,11 @@ class RankExpertModel(BaseTuner):
     def _check_new_adapter_config(self, config: RankExpertConfig) -> None:
         # PEFT calls this before it changes the model.
         super()._check_new_adapter_config(config)
+        if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(
+                f"bias={config.bias!r}: peft {peft.__version__} would not save the trained biases of this method. "
+                'Install peft 0.21 or newer, or use bias="none".'
+            )
         adapter_name = next(name for name, known in self.peft_config.items() if known is config)
         for path, layer in adapted_layers(self.model):
             if adapter_name in layer.rank_expert_A:
@@ -196,7 +202,13 @@ class RankExpertModel(BaseTuner):
         install_model(model, self.scope)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, as PEFT's tuners do."""
+        """Delete an adapter, as PEFT's tuners do.
+
+        Raises:
+            ValueError: There is no such adapter, or it is merged.
+        """
+        if merged := [path for path, layer in adapted_layers(self.model) if adapter_name in layer.merged_adapters]:
+            raise ValueError(f"Adapter {adapter_name!r} is merged into {merged[0]}: call unmerge_adapter() first.")
         super().delete_adapter(adapter_name)
         self.scope.tasks.pop(adapter_name, None)
 
