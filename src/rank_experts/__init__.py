@@ -3,6 +3,7 @@
 from ._version import __version__
 from .balance import update_router_bias
 from .config import RankExpertConfig
+from .export import export_lora
 from .files import load_rank_experts, save_rank_experts
 from .merge import merge_rank_experts, unmerge_rank_experts
 from .model import RankExpertModel, inject_rank_experts, use_task
@@ -14,6 +15,7 @@ __all__ = [
     "RankExpertConfig",
     "RankExpertModel",
     "__version__",
+    "export_lora",
     "inject_rank_experts",
     "load_rank_experts",
     "merge_rank_experts",
