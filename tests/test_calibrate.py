@@ -8,11 +8,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from models import MODELS, VOCAB, batch
 from rank_experts import RankExpertConfig, export_lora, inject_rank_experts, load_rank_experts, save_rank_experts
 from rank_experts.calibrate import METHODS, Moments, calibrate
 from rank_experts.model import adapted_layers
-
-from .models import MODELS, VOCAB, batch
 
 TARGETS = {
     "llama": ["q_proj", "down_proj"],

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
+from models import MODELS, batch
 from rank_experts import (
     RankExpertConfig,
     export_lora,
@@ -19,8 +20,6 @@ from rank_experts import (
     use_task,
 )
 from rank_experts.export import name_targets
-
-from .models import MODELS, batch
 
 TASKS = ["cola", "mnli", "rte"]
 SHAPES = ("llama", "t5", "bert", "gpt2")

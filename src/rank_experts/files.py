@@ -131,7 +131,7 @@ def load_rank_experts(
     inject_rank_experts(
         model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=False
     )
-    own_names = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    own_names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     set_peft_model_state_dict(model, own_names, adapter_name=adapter_name)
     return model
 
