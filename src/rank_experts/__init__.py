@@ -8,6 +8,7 @@ from .files import load_rank_experts, save_rank_experts
 from .merge import merge_rank_experts, unmerge_rank_experts
 from .model import RankExpertModel, inject_rank_experts, use_task
 from .registration import register
+from .upcycle import from_lora, from_loras
 
 register()
 
@@ -16,6 +17,8 @@ __all__ = [
     "RankExpertModel",
     "__version__",
     "export_lora",
+    "from_lora",
+    "from_loras",
     "inject_rank_experts",
     "load_rank_experts",
     "merge_rank_experts",
