@@ -3,10 +3,12 @@
 from ._version import __version__
 from .balance import update_router_bias
 from .config import RankExpertConfig
+from .export import export_lora
 from .files import load_rank_experts, save_rank_experts
 from .merge import merge_rank_experts, unmerge_rank_experts
 from .model import RankExpertModel, inject_rank_experts, use_task
 from .registration import register
+from .upcycle import from_lora, from_loras
 
 register()
 
@@ -14,6 +16,9 @@ __all__ = [
     "RankExpertConfig",
     "RankExpertModel",
     "__version__",
+    "export_lora",
+    "from_lora",
+    "from_loras",
     "inject_rank_experts",
     "load_rank_experts",
     "merge_rank_experts",

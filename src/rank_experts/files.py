@@ -25,7 +25,7 @@ from .model import Target, find_targets, inject_rank_experts
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -42,10 +42,10 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     Example:
         >>> save_rank_experts(model, "my-adapter")  # doctest: +SKIP
     """
-    config = _adapter_config(model, adapter_name)
+    config = adapter_config(model, adapter_name)
     tensors = {}
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        key = key if key.startswith(_PREFIX) else _PREFIX + key
+        key = key if key.startswith(PREFIX) else PREFIX + key
         tensors[key] = tensor.detach().to("cpu").contiguous().clone()
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,8 @@ def config_to_json(config: RankExpertConfig) -> str:
     return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def _adapter_config(model: nn.Module, adapter_name: str) -> RankExpertConfig:
+def adapter_config(model: nn.Module, adapter_name: str) -> RankExpertConfig:
+    """Return the config of one of a model's rank-expert adapters, or raise a `ValueError` that lists them."""
     configs = getattr(model, "peft_config", None) or {}
     config = configs.get(adapter_name)
     if not isinstance(config, RankExpertConfig):
@@ -132,7 +133,7 @@ def load_rank_experts(
     inject_rank_experts(
         model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=False
     )
-    own_names = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    own_names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     set_peft_model_state_dict(model, own_names, adapter_name=adapter_name)
     return model
 
@@ -194,7 +195,7 @@ def expected_tensors(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
-        layer = f"{_PREFIX}{path}.rank_expert_"
+        layer = f"{PREFIX}{path}.rank_expert_"
         shapes[f"{layer}A"] = (target.r, target.d_in)
         shapes[f"{layer}B"] = (target.d_out, target.r)
         if config.router == "token":
@@ -218,7 +219,7 @@ def _saved_modules(model: nn.Module, config: RankExpertConfig) -> dict[str, tupl
     for path, module in model.named_modules():
         if any(path == name or path.endswith(f".{name}") for name in config.modules_to_save or ()):
             for key, tensor in module.state_dict().items():
-                shapes[f"{_PREFIX}{path}.{key}"] = tuple(tensor.shape)
+                shapes[f"{PREFIX}{path}.{key}"] = tuple(tensor.shape)
     return shapes
 
 
@@ -230,7 +231,7 @@ def _biases(model: nn.Module, config: RankExpertConfig, targets: dict[str, Targe
         path, _, leaf = name.rpartition(".")
         if leaf == "bias" and (config.bias == "all" or path in targets):
             key = f"{path}.base_layer.bias" if path in targets else name
-            shapes[_PREFIX + key] = tuple(parameter.shape)
+            shapes[PREFIX + key] = tuple(parameter.shape)
     return shapes
 
 

@@ -314,6 +314,12 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
                 self._check_static(name)
             else:
                 self.merge_task_id(name)
+            if name in self.merged_tasks and int(self.merge_task_id(name)) != self.merged_tasks[name]:
+                raise ValueError(
+                    f"{self.path}: adapter {name!r} is merged for task "
+                    f"{self.scope.tasks[name][self.merged_tasks[name]]!r} already. Call unmerge_rank_experts(model) "
+                    "(PEFT: unmerge_adapter) before merging another."
+                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight, keeping a copy of it, so that `unmerge` restores every bit.

@@ -328,7 +328,25 @@ def merging(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool,
     with use_task(model, task) if task is not None else nullcontext():
         for _, layer in adapted_layers(model):
             layer.check_merge(adapter_names, safe_merge)
+        _check_shared_weights(model, adapter_names)
         yield
+
+
+def _check_shared_weights(model: nn.Module, adapter_names: list[str] | None) -> None:
+    # Merging into a weight that is tied to another module's (an embedding's) would change that module too.
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path.removesuffix(".base_layer"))
+    for path, layer in adapted_layers(model):
+        names = set(layer.active_adapters if adapter_names is None else adapter_names)
+        sharing = [owner for owner in owners.get(id(layer.get_base_layer().weight), []) if owner != path]
+        if sharing and names & layer.rank_expert_A.keys():
+            raise ValueError(
+                f"{path} shares its weight with {', '.join(sharing)}, which merging would change too. Keep the adapter "
+                "unmerged, export it with export_lora, or untie the weights before injection."
+            )
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RankExpertLinear]]:

@@ -1,0 +1,162 @@
+"""Reading PEFT's LoRA checkpoints, and refusing those that have no equivalent here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+
+# Options of LoraConfig that change what a checkpoint computes, and the values that leave it a plain LoRA.
+_PLAIN = {
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "modules_to_save": (None, []),
+}
+# Initialisations that change the base model's weights too.
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+
+
+class LoraCheckpoint(NamedTuple):
+    """A plain LoRA, y = W0 x + scale · B A x.
+
+    Attributes:
+        path: Its folder.
+        base: The base model's name, or None.
+        task_type: PEFT's, or None.
+        layers: Module path to (A (r, d_in), B (d_out, r), scale).
+    """
+
+    path: Path
+    base: str | None
+    task_type: str | None
+    layers: dict[str, tuple[Tensor, Tensor, float]]
+
+
+def read_lora(folder: str | os.PathLike[str]) -> LoraCheckpoint:
+    """Read a PEFT LoRA checkpoint: any ranks, alphas, patterns, rank-stabilised or not.
+
+    Args:
+        folder: With `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+
+    Raises:
+        FileNotFoundError: The folder or a file is missing.
+        ValueError: Another method's, a variant without an equivalent (DoRA, trained biases, modules to save, …), or
+            tensors that are missing, of other kinds (embeddings, convolutions) or not finite.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is of peft_type {config.get('peft_type')!r}: expected a LoRA checkpoint of PEFT."
+        )
+    for option, plain in _PLAIN.items():
+        if (value := config.get(option)) not in plain:
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: {option}={value!r} has no equivalent in a mixture of plain LoRAs. Use a "
+                f"checkpoint that was trained without {option}, or merge it into the base model."
+            )
+    if _CHANGES_BASE.search(str(config.get("init_lora_weights"))):
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: init_lora_weights={config['init_lora_weights']!r} changes the base model's weights "
+            "as well. Save it as a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)."
+        )
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_adapter_tensors(folder).items():
+        match = _KEY.fullmatch(key.removeprefix(PREFIX))
+        if match is None or tensor.dim() != 2:
+            raise ValueError(
+                f"{folder}: {key} of shape {tuple(tensor.shape)} is no factor of a linear layer's LoRA; expected keys "
+                f"{PREFIX}<layer>.lora_A.weight and .lora_B.weight with two dimensions."
+            )
+        factors.setdefault(match["path"], {})[match["factor"]] = tensor
+    layers = {path: _layer(folder, config, path, found) for path, found in factors.items()}
+    if not layers:
+        raise ValueError(f"{folder} holds no LoRA tensors.")
+    return LoraCheckpoint(folder, config.get("base_model_name_or_path"), config.get("task_type"), layers)
+
+
+def _layer(folder: Path, config: dict[str, Any], path: str, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+    if len(found) < 2:
+        raise ValueError(f"{folder}: {path} has lora_{next(iter(found))} alone; expected lora_A and lora_B.")
+    A, B = found["A"], found["B"]
+    if A.shape[0] != B.shape[1]:
+        raise ValueError(f"{folder}: {path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}: ranks differ.")
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), path), config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{folder / CONFIG_FILE}: lora_alpha={alpha!r}: expected a number.")
+    r = A.shape[0]
+    return A, B, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read an `adapter_config.json` of any method as a dict.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: Not a JSON object.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        what = "is not a folder" if not folder.is_dir() else f"holds no {CONFIG_FILE}"
+        raise FileNotFoundError(f"{folder} {what}. Expected an adapter that PEFT saved.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}: expected an object of config fields.")
+    return values
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read `adapter_model.safetensors` or `adapter_model.bin`, and check that the tensors are finite.
+
+    Raises:
+        FileNotFoundError: There is neither.
+        ValueError: Damaged, no tensors, or not finite.
+    """
+    file, pickled = folder / WEIGHTS_FILE, folder / "adapter_model.bin"
+    try:
+        if file.is_file():
+            tensors = load_file(file)
+        elif pickled.is_file():
+            file = pickled
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE} and no adapter_model.bin.")
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file} holds a {type(tensors).__name__}: expected a dict of tensors.")
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{file}: {key} is no floating-point tensor.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: {key} has values that are not finite. The training that wrote it diverged.")
+    return tensors
