@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,20 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
         >>> save_rank_experts(model, "my-adapter")  # doctest: +SKIP
     """
     config = _adapter_config(model, adapter_name)
-    tensors = {}
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        key = key if key.startswith(_PREFIX) else _PREFIX + key
-        tensors[key] = tensor.detach().to("cpu").contiguous().clone()
+    tensors = {
+        key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in _adapter_tensors(model, adapter_name)
+    }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     description = config_to_json(config)
     metadata = {"format": "pt"}
     _replace(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata=metadata))
     _replace(folder / CONFIG_FILE, lambda file: Path(file).write_text(description, encoding="utf-8"))
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
+        yield key if key.startswith(_PREFIX) else _PREFIX + key, tensor
 
 
 def config_to_json(config: RankExpertConfig) -> str:
@@ -133,6 +138,23 @@ def load_rank_experts(
     own_names = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     set_peft_model_state_dict(model, own_names, adapter_name=adapter_name)
     return model
+
+
+def restore_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Read an adapter's tensors back into the model that has it already, when training resumes for instance.
+
+    Args:
+        model: With the adapter.
+        path: A folder that `save_rank_experts` wrote for an adapter of the same config.
+        adapter_name: Which adapter.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: There is no such adapter, or the tensors do not fit it; nothing is changed then.
+    """
+    config = _adapter_config(model, adapter_name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in _adapter_tensors(model, adapter_name)}
+    set_peft_model_state_dict(model, read_tensors(Path(path), shapes, config), adapter_name=adapter_name)
 
 
 def read_config(folder: Path) -> RankExpertConfig:
