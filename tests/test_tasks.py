@@ -48,7 +48,7 @@ def test_mixture_refuses_what_it_cannot_sample():
         TaskMixture({"cola": [{"x": 1}], "rte": []})
     with pytest.raises(ValueError, match="at least one dataset"):
         TaskMixture({})
-    with pytest.raises(TypeError, match="'rte'.*map-style"):
+    with pytest.raises(TypeError, match=r"'rte'.*map-style"):
         TaskMixture({"rte": iter([{"x": 1}])})
     with pytest.raises(TypeError, match="'rte', example 0 is a int"):
         TaskMixture({"rte": [7]})[0]
@@ -147,7 +147,9 @@ def test_ranks_share_an_epoch_without_overlap(mixed):
     ]
     assert len({len(own) for own in ranks}) == 1
     assert len(set().union(*ranks)) == sum(map(len, ranks)) == len(whole) == 96
-    dealt = [batch for step in zip(*(torch.tensor(own).view(-1, 4).tolist() for own in ranks)) for batch in step]
+    dealt = [
+        batch for step in zip(*(torch.tensor(own).view(-1, 4).tolist() for own in ranks), strict=True) for batch in step
+    ]
     assert [i for batch in dealt for i in batch] == list(whole)
 
 
@@ -163,7 +165,7 @@ def test_accelerate_deals_the_stream_out_to_the_same_ranks():
         return prepared, sampler
 
     for rank in range(3):
-        prepared, sampler = loader(rank)
+        prepared, _ = loader(rank)
         prepared.set_epoch(2)
         own = TaskSampler(data.task_ids, 4, num_replicas=3, rank=rank)
         own.set_epoch(2)

@@ -44,7 +44,9 @@ def update_router_bias(model: nn.Module) -> dict[tuple[str, str], Tensor]:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(loads)
     counts = {}
-    for (path, layer, name, router), load in zip(routers, loads.split([router.num_experts for *_, router in routers])):
+    for (path, layer, name, router), load in zip(
+        routers, loads.split([router.num_experts for *_, router in routers]), strict=True
+    ):
         counts[path, name] = load
         rate = layer.settings[name].balance_rate
         router.balance_bias += rate * torch.sign(load.mean() - load).to(router.balance_bias.device)
