@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from tests import models
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rank_experts import RankExpertConfig, inject_rank_experts
@@ -18,7 +19,6 @@ from rank_experts.metrics import METRICS, exact_match, find_metric
 from rank_experts.model import adapted_layers
 from rank_experts.tasks import TaskMixture
 from rank_experts.trainer import RankExpertCallback, RankExpertTrainer, SaveOnInterrupt, chosen_ranks
-from tests import models
 
 TASKS = ["first", "last"]
 METRIC = {"first": "accuracy", "last": ["accuracy", "f1"]}
