@@ -10,12 +10,13 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,16 +44,20 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
         >>> save_rank_experts(model, "my-adapter")  # doctest: +SKIP
     """
     config = adapter_config(model, adapter_name)
-    tensors = {}
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        key = key if key.startswith(PREFIX) else PREFIX + key
-        tensors[key] = tensor.detach().to("cpu").contiguous().clone()
+    tensors = {
+        key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in _adapter_tensors(model, adapter_name)
+    }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     description = config_to_json(config)
     metadata = {"format": "pt"}
     _replace(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata=metadata))
     _replace(folder / CONFIG_FILE, lambda file: Path(file).write_text(description, encoding="utf-8"))
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
+        yield key if key.startswith(PREFIX) else PREFIX + key, tensor
 
 
 def config_to_json(config: RankExpertConfig) -> str:
@@ -133,9 +138,32 @@ def load_rank_experts(
     inject_rank_experts(
         model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=False
     )
-    own_names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    set_peft_model_state_dict(model, own_names, adapter_name=adapter_name)
+    _set_tensors(model, tensors, adapter_name)
     return model
+
+
+def restore_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Read an adapter's tensors back into the model that has it already, when training resumes for instance.
+
+    Args:
+        model: With the adapter.
+        path: A folder that `save_rank_experts` wrote for an adapter of the same config.
+        adapter_name: Which adapter.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: There is no such adapter, or the tensors do not fit it; nothing is changed then.
+    """
+    config = adapter_config(model, adapter_name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in _adapter_tensors(model, adapter_name)}
+    _set_tensors(model, read_tensors(Path(path), shapes, config), adapter_name)
+
+
+def _set_tensors(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> None:
+    # PEFT looks modules_to_save up under the model's own names, which have the prefix in a PeftModel alone.
+    if not isinstance(model, PeftModel):
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
 
 
 def read_config(folder: Path) -> RankExpertConfig:
@@ -256,7 +284,7 @@ def optional_tensors(
         if id(embedding) in paths and isinstance(weight, Tensor):
             path = paths[id(embedding)]
             inner = "base_layer.weight" if path in targets else "weight"
-            shapes[f"{_PREFIX}{path}.{inner}"] = tuple(weight.shape)
+            shapes[f"{PREFIX}{path}.{inner}"] = tuple(weight.shape)
     if config.bias == "all":
         for key, shape in _saved_modules(model, config).items():
             path, _, leaf = key.rpartition(".")

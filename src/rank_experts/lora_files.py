@@ -80,8 +80,8 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraCheckpoint:
             )
     if _CHANGES_BASE.search(str(config.get("init_lora_weights"))):
         raise ValueError(
-            f"{folder / CONFIG_FILE}: init_lora_weights={config['init_lora_weights']!r} changes the base model's weights "
-            "as well. Save it as a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)."
+            f"{folder / CONFIG_FILE}: init_lora_weights={config['init_lora_weights']!r} changes the base model's "
+            "weights as well. Save it as a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)."
         )
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_adapter_tensors(folder).items():
@@ -105,7 +105,7 @@ def _layer(folder: Path, config: dict[str, Any], path: str, found: dict[str, Ten
     if A.shape[0] != B.shape[1]:
         raise ValueError(f"{folder}: {path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}: ranks differ.")
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), path), config.get("lora_alpha"))
+    alpha = patterns.get(get_pattern_key(list(patterns), path), config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(f"{folder / CONFIG_FILE}: lora_alpha={alpha!r}: expected a number.")
     r = A.shape[0]

@@ -1,21 +1,55 @@
-"""What `transformers.Trainer` needs to train rank experts."""
+"""What `transformers.Trainer` needs to train rank experts on several tasks.
+
+`RankExpertTrainer` is `Trainer` with `RankExpertTrainerMixin` before it. The mixin fits any subclass of `Trainer`:
+
+    class Trainer(RankExpertTrainerMixin, trl.SFTTrainer): ...
+
+It draws batches by a sampling law (`tasks.py`), evaluates by task, writes loads and auxiliary losses into the logs,
+moves the balancing bias, sets learning rates for routers and heads, and saves the adapter instead of the model.
+`RankExpertCallback` alone moves the bias under any other trainer.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
+from ._warnings import warn_once
 from .balance import update_router_bias
+from .boundary import RoutedForward
+from .config import RankExpertConfig, nearest
+from .files import restore_rank_experts, save_rank_experts
+from .heads import MultiTaskClassifier
+from .metrics import Metric, as_array, find_metric
+from .model import adapted_layers
+from .routing import TaskRouter
+from .tasks import TASK_COLUMN, TaskCollator, TaskMixture, TaskPart, TaskSampler
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
+
+_Base: Any = object  # To a type checker: whatever Trainer the mixin stands before.
 
 
 class RankExpertCallback(TrainerCallback):
-    """Moves the balancing bias once per optimiser step (`update_router_bias`).
+    """Moves the balancing bias once per optimiser step (`update_router_bias`) and keeps the loads that it saw.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[RankExpertCallback()], ...)  # doctest: +SKIP
     """
+
+    def __init__(self) -> None:
+        self._loads: dict[tuple[str, str], Tensor] = {}
 
     def on_optimizer_step(
         self,
@@ -27,4 +61,417 @@ class RankExpertCallback(TrainerCallback):
     ) -> None:
         """Update after the optimiser's step, before gradients are cleared."""
         if model is not None:
-            update_router_bias(model)
+            for key, load in update_router_bias(model).items():
+                self._loads[key] = self._loads[key] + load if key in self._loads else load
+
+    def take_statistics(self) -> dict[str, float]:
+        """Return how even the load was since the last call, averaged over layers; empty where none was counted.
+
+        load_cv is the standard deviation over experts divided by the mean, load_max the largest expert's load
+        divided by the mean, load_idle the share of experts that no token chose.
+        """
+        loads = [load for load in self._loads.values() if load.sum() > 0]
+        self._loads = {}
+        if not loads:
+            return {}
+        shares = [load / load.mean() for load in loads]
+        values = {
+            "load_cv": [share.std(correction=0) for share in shares],
+            "load_max": [share.max() for share in shares],
+            "load_idle": [(share == 0).float().mean() for share in shares],
+        }
+        return {name: round(float(torch.stack(value).mean()), 4) for name, value in values.items()}
+
+
+class RankExpertTrainerMixin(_Base):
+    """Training on several tasks, for a subclass of `Trainer`; see `RankExpertTrainer` for the arguments."""
+
+    compute_metrics: Any
+    data_collator: Any
+    preprocess_logits_for_metrics: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        metrics: Mapping[str, str | Metric | Sequence[str | Metric]] | None = None,
+        sampling: str | None = None,
+        temperature: float = 2.0,
+        mixed_batches: bool = True,
+        epoch_size: int | None = None,
+        router_learning_rate: float | None = None,
+        head_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(mixture := kwargs.get("eval_dataset"), TaskMixture):
+            kwargs["eval_dataset"] = dict(mixture.parts)
+        super().__init__(*args, **kwargs)
+        self.sampling = sampling or "balanced"
+        self.temperature = temperature
+        self.mixed_batches = mixed_batches
+        self.epoch_size = epoch_size
+        self.router_learning_rate = router_learning_rate
+        self.head_learning_rate = head_learning_rate
+        self._task_metrics = self._checked_metrics(metrics)
+        if _task_ids(self.train_dataset) is not None or self._task_metrics:
+            self.data_collator = TaskCollator(self.data_collator)
+        elif sampling is not None:
+            raise ValueError(
+                f"sampling={sampling!r} with a train_dataset that does not say which task an example is of. Build it "
+                f"with TaskMixture, or give it a column {TASK_COLUMN!r}."
+            )
+        if self._task_metrics and self.preprocess_logits_for_metrics is None:
+            self.preprocess_logits_for_metrics = self._next_tokens
+        if self.compute_loss_func is not None:
+            warn_once(
+                "compute_loss_func replaces the loss that holds the auxiliary loss of rank experts: add "
+                "outputs.rank_expert_loss, where outputs has it, to what the function returns."
+            )
+        callbacks = [cb for cb in self.callback_handler.callbacks if isinstance(cb, RankExpertCallback)]
+        self._balance = callbacks[0] if callbacks else RankExpertCallback()
+        if not callbacks:
+            self.add_callback(self._balance)
+        self.add_callback(_EpochOfSampler(self))
+        self._sampler: TaskSampler | None = None
+        self._auxiliary: list[Tensor] = []
+        self._auxiliary_sum: Any = 0.0
+        self._auxiliary_count = 0
+        for module in self.model.modules():
+            if isinstance(forward := module.__dict__.get("forward"), RoutedForward) and forward.role == "model":
+                module.register_forward_hook(self._keep_auxiliary)
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if (ids := _task_ids(dataset)) is None:
+            return super()._get_train_sampler(train_dataset)
+        lengths = None
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+        self._sampler = TaskSampler(
+            ids,
+            self._train_batch_size,
+            self.sampling,
+            self.temperature,
+            mixed=self.mixed_batches,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            epoch_size=self.epoch_size,
+            lengths=lengths,
+            # accelerate deals the batches out; the sampler needs the number only to end on a full round.
+            num_replicas=self.accelerator.num_processes,
+        )
+        return self._sampler
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if TASK_COLUMN not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, TASK_COLUMN]
+
+    # Loss
+
+    def _keep_auxiliary(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if torch.is_grad_enabled() and (loss := getattr(outputs, "rank_expert_loss", None)) is not None:
+            self._auxiliary.append(loss)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as the trainer does, and add the auxiliary loss where that bypasses `outputs.loss`."""
+        self._auxiliary.clear()
+        bypassed = self._bypasses_model_loss(inputs)
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self._auxiliary:
+            return result
+        auxiliary = torch.stack([loss.to(self._auxiliary[0].device) for loss in self._auxiliary]).sum()
+        self._auxiliary.clear()
+        self._auxiliary_sum = self._auxiliary_sum + auxiliary.detach()
+        self._auxiliary_count += 1
+        if not bypassed:
+            return result
+        num_items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
+        if self.model_accepts_loss_kwargs and num_items is not None and self.loss_is_scaled_for_ga is not False:
+            # The forwards of a step add up then, and each adds a mean.
+            auxiliary = auxiliary / self.current_gradient_accumulation_steps
+        if isinstance(result, tuple):
+            return (result[0] + auxiliary, *result[1:])
+        return result + auxiliary
+
+    def _bypasses_model_loss(self, inputs: dict[str, Any]) -> bool:
+        if self.compute_loss_func is not None:
+            return False
+        after = type(self).__mro__[type(self).__mro__.index(RankExpertTrainerMixin) + 1 :]
+        owner = next(cls for cls in after if "compute_loss" in cls.__dict__)
+        # A subclass with a loss of its own, TRL's from log-probabilities, does not look at outputs.loss.
+        return owner is not Trainer or (self.label_smoother is not None and "labels" in inputs)
+
+    # Optimiser
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Leave task embeddings out of weight decay: those of tasks that are not being trained must not shrink."""
+        kept = {id(m.task_embedding) for m in model.modules() if isinstance(m, TaskRouter)}
+        parameters = dict(model.named_parameters())
+        return [name for name in super().get_decay_parameter_names(model) if id(parameters.get(name)) not in kept]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimiser as `Trainer` does, with groups of their own for routers and heads where asked."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        if created:
+            rates = {"router": self.router_learning_rate, "head": self.head_learning_rate}
+            roles = _roles(self.model if model is None else model)
+            optimizer.param_groups[:] = _split_groups(optimizer.param_groups, roles, rates)
+        return optimizer
+
+    # Evaluation
+
+    def _checked_metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, dict[str, Metric]]:
+        if not metrics:
+            return {}
+        tasks = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if unknown := [name for name in metrics if name not in tasks]:
+            raise ValueError(f"metrics for {unknown}, which eval_dataset lacks.{nearest(unknown[0], tasks)}")
+        if missing := [name for name in tasks if name not in metrics]:
+            raise ValueError(f"metrics lacks the tasks {missing} of eval_dataset: each needs one for the mean.")
+        checked = {}
+        for name, wanted in metrics.items():
+            listed = [wanted] if isinstance(wanted, str) or callable(wanted) else list(wanted)
+            checked[name] = dict(find_metric(metric) for metric in listed)
+        return checked
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate; with `metrics`, task by task, each by its own metrics, and add `eval_mean`, the tasks' mean.
+
+        A task with several metrics counts with their mean, as in GLUE.
+        """
+        given = eval_dataset
+        eval_dataset = self.eval_dataset if given is None else given
+        if isinstance(eval_dataset, TaskMixture):
+            eval_dataset = given = dict(eval_dataset.parts)
+        if not self._task_metrics or not isinstance(eval_dataset, dict):
+            return super().evaluate(given, ignore_keys, metric_key_prefix)
+        results: dict[str, float] = {}
+        scores = []
+        own = self.compute_metrics
+        try:
+            for name, dataset in eval_dataset.items():
+                self.compute_metrics = lambda prediction, name=name: self._score(name, prediction)
+                prefix = f"{metric_key_prefix}_{name}"
+                results |= super().evaluate(name if given is None else dataset, ignore_keys, prefix)
+                values = [results[f"{prefix}_{metric}"] for metric in self._task_metrics[name]]
+                scores.append(sum(values) / len(values))
+        finally:
+            self.compute_metrics = own
+        mean = {f"{metric_key_prefix}_mean": sum(scores) / len(scores)}
+        self.log(dict(mean))
+        return results | mean
+
+    def _score(self, task: str, prediction: EvalPrediction) -> dict[str, float]:
+        values, labels = as_array(prediction.predictions), as_array(prediction.label_ids)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, MultiTaskClassifier):
+            values = model.predictions(values, task)
+        elif values.ndim == 2 and labels.ndim == 1:
+            values = values[:, 0] if values.shape[1] == 1 else values.argmax(-1)
+        return {name: metric(values, labels) for name, metric in self._task_metrics[task].items()}
+
+    def _next_tokens(self, logits: Any, labels: Tensor) -> Tensor:
+        # Token ids in place of (B, L, vocabulary) logits, which would not fit into memory; aligned with the labels.
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        if logits.dim() != 3:
+            return logits
+        tokens = logits.argmax(-1)
+        if self.model.config.is_encoder_decoder:
+            return tokens
+        return torch.cat([labels[:, :1], tokens[:, :-1]], 1)
+
+    # Logs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the auxiliary loss, the loads and the tasks' ranks beside the training loss."""
+        if "loss" in logs:
+            if self._auxiliary_count:
+                logs["auxiliary_loss"] = round(float(self._auxiliary_sum) / self._auxiliary_count, 6)
+            self._auxiliary_sum, self._auxiliary_count = 0.0, 0
+            logs.update(self._balance.take_statistics())
+            logs.update(chosen_ranks(self.model))
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints
+
+    def _adapter_only(self) -> nn.Module | None:
+        # The module that owns the adapter, where the adapter (and heads) are all that is trained.
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        owner = model.encoder if isinstance(model, MultiTaskClassifier) else model
+        if not any(isinstance(c, RankExpertConfig) for c in getattr(owner, "peft_config", {}).values()):
+            return None
+        saved = list(get_peft_model_state_dict(owner, adapter_name=_adapter_name(owner)).values())
+        saved += list(model.heads.parameters()) if isinstance(model, MultiTaskClassifier) else []
+        places = {tensor.data_ptr() for tensor in saved}
+        return owner if all(p.data_ptr() in places for p in model.parameters() if p.requires_grad) else None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if (owner := self._adapter_only()) is None:
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        os.makedirs(folder, exist_ok=True)
+        save_rank_experts(owner, folder, _adapter_name(owner))
+        if isinstance(model := self.accelerator.unwrap_model(self.model), MultiTaskClassifier):
+            model.save_heads(folder)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _restore(self, owner: nn.Module, folder: str) -> None:
+        restore_rank_experts(owner, folder, _adapter_name(owner))
+        if isinstance(model := self.accelerator.unwrap_model(self.model), MultiTaskClassifier):
+            model.load_heads(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if (owner := self._adapter_only()) is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._restore(owner, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if (owner := self._adapter_only()) is None:
+            super()._load_best_model()
+        else:
+            self._restore(owner, self.state.best_model_checkpoint)
+
+
+class RankExpertTrainer(RankExpertTrainerMixin, Trainer):
+    """`Trainer` for rank experts on several tasks. Takes what `Trainer` takes, and:
+
+    Args:
+        train_dataset: A `TaskMixture`, or a dataset with a column "task_ids"; any other is sampled as `Trainer` does.
+        eval_dataset: A `TaskMixture`, or a dict of task name to dataset.
+        metrics: Task name to a metric's name (`metrics.METRICS`), a function (predictions, labels) → score, or
+            several. Then `eval_<task>_<metric>` and `eval_mean` are reported; `metric_for_best_model="mean"` works.
+        sampling: The sampling law, "balanced" where left out; see `tasks.sampling_weights`.
+        temperature: For sampling="temperature".
+        mixed_batches: False: every batch of a process is of one task.
+        epoch_size: Examples an epoch; None: as many as there are. See `TaskSampler`.
+        router_learning_rate: For routers; None: the same as for the experts.
+        head_learning_rate: For a `MultiTaskClassifier`'s heads; None: the same.
+
+    An adapter that was injected with `inject_rank_experts` is saved alone (with a classifier's heads), unless more
+    than the adapter is trained. With a `PeftModel` `Trainer` does the same by itself.
+
+    Example:
+        >>> trainer = RankExpertTrainer(  # doctest: +SKIP
+        ...     model, args, train_dataset=TaskMixture(train), eval_dataset=TaskMixture(validation),
+        ...     metrics={"cola": "matthews", "rte": "accuracy"}, data_collator=DataCollatorWithPadding(tokenizer),
+        ... )
+    """
+
+
+class _EpochOfSampler(TrainerCallback):
+    # accelerate's skip_first_batches hides the sampler from Trainer's own set_epoch where there are several ranks.
+    def __init__(self, trainer: RankExpertTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Turns the first Ctrl-C into a checkpoint after the current step and an orderly end; the second ends at once.
+
+    Attributes:
+        interrupted: Whether it happened.
+
+    Example:
+        >>> with SaveOnInterrupt() as interrupt:  # doctest: +SKIP
+        ...     trainer.add_callback(interrupt)
+        ...     trainer.train()
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def __enter__(self) -> SaveOnInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint and for the end."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+
+def chosen_ranks(model: nn.Module) -> dict[str, float]:
+    """Return the rank r_t that every task of a task-routed adapter uses, averaged over layers, as "rank_<task>"."""
+    ranks: dict[str, list[Tensor]] = {}
+    for _, layer in adapted_layers(model):
+        for adapter, router in layer.rank_expert_router.items():
+            if isinstance(router, TaskRouter):
+                ids = torch.arange(router.num_tasks, device=router.gate_weight.device)
+                with torch.no_grad():
+                    chosen = router(ids).indices
+                for name, rank in zip(layer.scope.tasks[adapter], chosen, strict=True):
+                    ranks.setdefault(f"rank_{name}", []).append(rank)
+    return {name: round(float(torch.stack(values).float().mean()), 3) for name, values in ranks.items()}
+
+
+def _task_ids(dataset: Any) -> Any:
+    if isinstance(dataset, TaskMixture):
+        return dataset.task_ids
+    if isinstance(dataset, TaskPart):
+        return [dataset.task_id] * len(dataset)
+    if TASK_COLUMN in (getattr(dataset, "column_names", None) or ()):
+        return list(dataset[TASK_COLUMN])
+    return None
+
+
+def _roles(model: nn.Module) -> dict[int, str]:
+    roles = {
+        id(parameter): "router"
+        for _, layer in adapted_layers(model)
+        for parameter in layer.rank_expert_router.parameters()
+    }
+    for module in model.modules():
+        if isinstance(module, MultiTaskClassifier):
+            roles |= {id(parameter): "head" for parameter in module.heads.parameters()}
+    return roles
+
+
+def _split_groups(
+    groups: list[dict[str, Any]], roles: dict[int, str], rates: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    # Experts first: `Trainer` logs the first group's rate.
+    split = []
+    for role in ("expert", "router", "head"):
+        for group in groups:
+            own = [p for p in group["params"] if roles.get(id(p), "expert") == role]
+            if own:
+                rate = rates.get(role)
+                split.append({**group, "params": own} | ({} if rate is None else {"lr": rate}))
+    return split
+
+
+def _adapter_name(owner: nn.Module) -> str:
+    names = {name for _, layer in adapted_layers(owner) for name in layer.active_adapters}
+    if len(names) != 1:
+        raise ValueError(f"{sorted(names)} are active: a checkpoint holds one adapter. Train one, or wrap a PeftModel.")
+    return names.pop()
