@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .base_weight import check_readable, keep_weight, read_weight, restore_weight, write_weight
 from .context import Call, RoutingScope, task_ids_of_layer
-from .ops import rank_experts_reference
-from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
+from .ops import Adapted, rank_experts
+from .routing import TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
 
 
 class AdapterSettings(NamedTuple):
@@ -153,50 +153,52 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         if self.merged:
             self._check_merged_task(call)
             return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
         if call is not None and call.adapter_names is not None:
-            return self._mixed_adapters(result, x, call)
+            return self._mixed_adapters(self.base_layer(x, *args, **kwargs), x, call)
+        result = self.base_layer(x, *args, **kwargs) if args or kwargs else None
         for adapter_name in self.active_adapters:
             if adapter_name in self.rank_expert_A:
                 result = self._apply_adapter(result, x, adapter_name, call)
-        return result
+        return self.base_layer(x, *args, **kwargs) if result is None else result
 
-    def _apply_adapter(self, result: Tensor, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
+    def _apply_adapter(self, result: Tensor | None, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
+        # The result so far, or None before the base layer: the op applies it where that saves passes.
+        router, dropout = self._router(adapter_name), self.rank_expert_dropout[adapter_name]
         A, B = self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name]
-        gates = self._gates(x, adapter_name, call)
-        # As in PEFT's LoRA: autocast decides, and without it the adapter computes in its own dtype.
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
-        dropped = self.rank_expert_dropout[adapter_name](x)
-        y = rank_experts_reference(
-            result.reshape(-1, self.out_features),
-            dropped.reshape(-1, self.in_features),
+        gate: TokenRouter | Tensor | None = router if isinstance(router, TokenRouter) else None
+        if isinstance(router, TaskRouter):
+            gate, used = self._task_gates(router, x, adapter_name, call)
+            A, B = (A, B) if used == len(A) else (A[:used], B[:, :used])
+        adapted = rank_experts(
+            self.base_layer,
+            x,
             A,
             B,
-            gates,
-            self.scale(adapter_name),
+            gate,
+            scale=self.scale(adapter_name),
+            dropout=dropout if self.training and isinstance(dropout, nn.Dropout) else None,
+            output=result,
+            want_routing=self.training and self.settings[adapter_name].load_balance == "loss",
         )
-        return y.reshape(result.shape)
-
-    def _gates(self, x: Tensor, adapter_name: str, call: Call | None) -> Tensor | None:
-        router = self._router(adapter_name)
         if isinstance(router, TokenRouter):
-            return self._token_gates(router, x, adapter_name, call)
-        if isinstance(router, TaskRouter):
-            return self._task_gates(router, x, adapter_name, call)
-        return None
+            self._report(adapted, router, x, adapter_name, call)
+        return adapted.y
 
-    def _token_gates(self, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
+    def _report(self, adapted: Adapted, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> None:
+        # What training wants to know of a token router's choice.
         settings = self.settings[adapter_name]
-        routing: Routing = router(x.reshape(-1, self.in_features))
-        if self.training and settings.load_balance != "none":
-            mask = call.token_mask(x) if call is not None else None
-            if settings.load_balance == "bias":
-                self._report_load(expert_load(routing.indices, router.num_experts, mask), adapter_name, call)
-            elif call is not None:
-                call.losses.append((adapter_name, settings.balance_coef * balance_loss(routing, mask)))
-        return routing.gates
+        if not self.training or settings.load_balance == "none":
+            return
+        mask = call.token_mask(x) if call is not None else None
+        if settings.load_balance == "bias":
+            self._report_load(expert_load(adapted.indices, router.num_experts, mask), adapter_name, call)
+        elif call is not None:
+            call.losses.append((adapter_name, settings.balance_coef * balance_loss(adapted.routing, mask)))
 
-    def _task_gates(self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
+    def _task_gates(
+        self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None
+    ) -> tuple[Tensor, int]:
+        # Gates, a row for each task id, and how many ranks the ids' tasks use at most.
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None:
@@ -206,9 +208,11 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             pooled = pool_examples(examples, mask, settings.pooling)
             loss = router.contrast(pooled, ids, settings.contrastive_temperature)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
-        gates = router(ids).gates
-        num_rows = x.numel() // self.in_features
-        return gates if len(ids) in (1, num_rows) else gates.repeat_interleave(num_rows // len(ids), 0)
+        routing = router(ids)
+        if torch.compiler.is_compiling() or not len(ids) or ids.device.type != "cpu":
+            return routing.gates, router.r  # An accelerator would have to be waited for.
+        used = int(routing.indices.max())
+        return routing.gates[:, :used], used
 
     def _mixed_adapters(self, result: Tensor, x: Tensor, call: Call) -> Tensor:
         # One adapter an example (PEFT's adapter_names); rows that an example spans, its beams, are adjacent.

@@ -1,5 +1,6 @@
-"""The one operation of the library, y + s · (g ⊙ (x Aᵀ)) Bᵀ, and its implementations."""
+"""The one operation of the library, base(x) + s · (g ⊙ (x Aᵀ)) Bᵀ, and its implementations."""
 
+from .dispatch import Adapted, rank_experts
 from .reference import rank_experts_reference
 
-__all__ = ["rank_experts_reference"]
+__all__ = ["Adapted", "rank_experts", "rank_experts_reference"]

@@ -1,0 +1,183 @@
+"""The one place that decides how an adapted layer is computed, and says once what it chose."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
+
+from ..routing import Routing, TokenRouter
+from . import gate as torch_gate
+from .fused import Base, given_gates, token_gated
+from .gate import GateSpec
+from .reference import rank_experts_reference
+
+logger = logging.getLogger("rank_experts.ops")
+
+
+class Adapted(NamedTuple):
+    """What the op returns.
+
+    Attributes:
+        y: (…, d_out) base output plus update.
+        indices: (N, k) chosen experts; None without a token router.
+        routing: The whole `Routing` where it was asked for; None otherwise.
+    """
+
+    y: Tensor
+    indices: Tensor | None = None
+    routing: Routing | None = None
+
+
+def rank_experts(
+    base_layer: nn.Module,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate: TokenRouter | Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    output: Tensor | None = None,
+    want_routing: bool = False,
+) -> Adapted:
+    """Compute base(x) + s · (g ⊙ (dropout(x) Aᵀ)) Bᵀ by the fastest implementation that serves the case.
+
+    The plain reference is taken under `torch.compile`, export and functional transforms, for tensors that are not
+    plain ones, and where the whole routing is wanted; else the fused function, with Triton kernels where they run.
+    All select the same experts for the same logits.
+
+    Args:
+        base_layer: The frozen layer.
+        x: (…, d_in).
+        A: (r, d_in).
+        B: (d_out, r).
+        gate: A token router; or gates (G, r), a row for N / G tokens in turn; or None where all are 1.
+        scale: s.
+        dropout: Applied to the x that A reads; None: nothing.
+        output: (…, d_out) what the update is added to where the base layer was applied already.
+        want_routing: Return the router's gates, choices and probabilities, differentiable.
+
+    Returns:
+        Adapted: y in the base output's dtype.
+
+    Example:
+        >>> A, B = torch.ones(2, 4), torch.ones(3, 2)
+        >>> rank_experts(nn.Linear(4, 3), torch.ones(5, 4), A, B, scale=0.5).y.shape
+        torch.Size([5, 3])
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    # As in PEFT's LoRA: autocast decides, and without it the adapter computes in its own dtype.
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype
+    dropped = dropout(x if autocast else x.to(A.dtype)) if dropout is not None else None
+    reason = _needs_reference(x, A, B, gate, autocast, want_routing)
+    if reason:
+        announce(f"plain PyTorch: {reason}")
+        return _reference(base_layer, x, A, B, gate, scale, dropped, output)
+    fresh = _is_plain(base_layer)
+    if output is None and fresh and _joins(base_layer, x, autocast):
+        base = Base(base_layer, isinstance(base_layer, Conv1D), True, dtype)
+        tensor: Tensor = base_layer.weight  # type: ignore[assignment]
+    else:
+        tensor = base_layer(x) if output is None else output
+        base = Base(None, False, (fresh or output is not None) and _may_overwrite(tensor), dtype)
+    if not isinstance(gate, TokenRouter):
+        announce("fused PyTorch function")
+        return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
+    kernels = _kernels(x, A, gate)
+    announce(f"fused function, gate in {'PyTorch' if kernels.__name__.endswith('.gate') else 'Triton'}")
+    spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
+    y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
+    return Adapted(y, indices)
+
+
+@functools.cache
+def announce(choice: str) -> None:
+    """Log a choice, the first time that it is made."""
+    logger.info("rank_experts computes adapted layers with: %s", choice)
+
+
+def _needs_reference(
+    x: Tensor, A: Tensor, B: Tensor, gate: TokenRouter | Tensor | None, autocast: bool, want_routing: bool
+) -> str:
+    # Why only the reference serves, or an empty string.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the layer is being traced"
+    if want_routing:
+        return "the router's probabilities are wanted"
+    weight = gate.weight if isinstance(gate, TokenRouter) else A
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, A, B, weight)):
+        return "a tensor is of a subclass"
+    if torch._C._are_functorch_transforms_active():
+        return "a functional transform is active"
+    if x.device.type == "meta":
+        return "the tensors hold no data"
+    if autocast and x.dtype == torch.float64:
+        return "autocast leaves float64 alone"
+    return ""
+
+
+def _reference(
+    base_layer: nn.Module,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate: TokenRouter | Tensor | None,
+    scale: float,
+    dropped: Tensor | None,
+    output: Tensor | None,
+) -> Adapted:
+    y = base_layer(x) if output is None else output
+    routing = gate(x.reshape(-1, x.shape[-1])) if isinstance(gate, TokenRouter) else None
+    gates = routing.gates if routing is not None else gate
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(A.dtype)
+    source = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
+    if isinstance(gates, Tensor) and len(gates) not in (1, len(source)):
+        gates = gates.repeat_interleave(len(source) // len(gates), 0)
+    flat = rank_experts_reference(y.reshape(-1, y.shape[-1]), source, A, B, gates, scale)  # type: ignore[arg-type]
+    return Adapted(flat.reshape(y.shape), None if routing is None else routing.indices, routing)
+
+
+def _is_plain(base_layer: nn.Module) -> bool:
+    # Whether nothing but the caller can hold on to the layer's output.
+    return (
+        type(base_layer) in (nn.Linear, Conv1D)
+        and "forward" not in base_layer.__dict__
+        and not base_layer._forward_hooks
+        and not base_layer._forward_pre_hooks
+        and not base_layer._backward_hooks
+        and not base_layer._backward_pre_hooks
+        and not torch_module._global_forward_hooks
+        and not torch_module._global_forward_pre_hooks
+        and not torch_module._global_backward_hooks
+        and not torch_module._global_backward_pre_hooks
+    )
+
+
+def _joins(base_layer: nn.Module, x: Tensor, autocast: bool) -> bool:
+    # Whether the op may apply the (plain) layer itself: it is frozen, and nothing is cast on the way.
+    weight, bias = base_layer.weight, base_layer.bias
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and weight.dtype == x.dtype
+        and (not autocast or torch.get_autocast_dtype(x.device.type) == x.dtype)
+    )
+
+
+def _may_overwrite(output: Tensor) -> bool:
+    # Autograd allows neither for a function with two outputs, nor for a parameter.
+    return not output._is_view() and not (output.is_leaf and output.requires_grad)
+
+
+def _kernels(x: Tensor, A: Tensor, gate: TokenRouter) -> ModuleType:
+    return torch_gate

@@ -1,0 +1,200 @@
+"""The token gate between the two products, in PyTorch: select, weigh, save compactly, and its derivative.
+
+The op's two wide products (x · [A; W_g]ᵀ before, u · Bᵀ after) are matrix products that the vendor's library does
+best. What lies between them is bound by memory and by launches, and is what an implementation may replace: this file
+says it in PyTorch, `triton_kernels.py` with the same signatures in Triton.
+
+Shapes: N tokens, r ranks, E experts of ρ = r / E ranks, k active experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below this many tokens one stable sort costs less than packing the keys.
+_FEW_TOKENS = 32
+
+
+class GateSpec(NamedTuple):
+    """The token gate's constants.
+
+    Attributes:
+        top_k: k.
+        score_function: "sigmoid" or "softmax".
+        biased_gates: The balancing bias enters the values too.
+        scale: s, folded into the gates.
+    """
+
+    top_k: int
+    score_function: str
+    biased_gates: bool
+    scale: float
+
+    @property
+    def divides(self) -> bool:
+        """Whether gates are keys over their sum; otherwise they are a softmax of log-scores."""
+        return self.biased_gates and self.score_function == "sigmoid"
+
+
+class Chosen(NamedTuple):
+    """What backward needs to know of the gate, and all that is kept of it.
+
+    Attributes:
+        indices: (N, k) chosen experts, uint8 where E ≤ 256.
+        values: (N, k) what the gates are computed from: log-scores, or keys where `GateSpec.divides`.
+        projections: (N, k · ρ) the chosen columns of x Aᵀ.
+    """
+
+    indices: Tensor
+    values: Tensor
+    projections: Tensor
+
+
+def select(keys: Tensor, top_k: int) -> Tensor:
+    """Return what `routing.select_experts` returns, faster.
+
+    float32 keys and the experts' numbers are packed into one int64, so that no two are equal and `torch.topk`, whose
+    order among equals is arbitrary, has no choice.
+
+    Args:
+        keys: (N, E) float32 or float64.
+        top_k: k.
+
+    Returns:
+        (N, k) int64, best first, the lower index first among equals; a NaN is the largest key.
+
+    Example:
+        >>> select(torch.tensor([[0.5, 0.9, 0.9]]), 2)
+        tensor([[1, 2]])
+    """
+    if keys.dtype != torch.float32 or len(keys) <= _FEW_TOKENS:
+        return torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    num_experts = keys.shape[-1]
+    # A NaN of either sign becomes the positive one, and −0 becomes 0, as a comparison of floats has it.
+    bits = torch.where(keys.isnan(), torch.nan, keys + 0.0).view(torch.int32)
+    # Two's complement orders negative floats backwards: flip all but their sign.
+    bits = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    later_first = torch.arange(num_experts - 1, -1, -1, device=keys.device)
+    packed = torch.add(later_first, bits.long(), alpha=num_experts)
+    return packed.topk(top_k, dim=-1).indices
+
+
+def selection_keys(logits: Tensor, balance_bias: Tensor, spec: GateSpec) -> Tensor:
+    """Return (N, E) what the choice is made by: score + b ("softmax": z + b)."""
+    return (logits.sigmoid() if spec.score_function == "sigmoid" else logits) + balance_bias
+
+
+def forward(
+    logits: Tensor, projection: Tensor, balance_bias: Tensor, spec: GateSpec
+) -> tuple[Tensor, Tensor, Chosen]:
+    """Gate the projections.
+
+    Args:
+        logits: (N, E) z, float32 or float64.
+        projection: (N, r) x Aᵀ in the dtype that the adapter computes in.
+        balance_bias: (E,) b.
+        spec: The gate.
+
+    Returns:
+        u (N, r) = s · g ⊙ projection; indices (N, k) int64; what to save for backward.
+    """
+    num_ranks = projection.shape[1]
+    keys = selection_keys(logits, balance_bias, spec)
+    indices = select(keys, spec.top_k)
+    values = _values(keys if spec.divides or spec.biased_gates else logits, indices, spec)
+    ranks = _ranks(indices, num_ranks // logits.shape[1])
+    projections = projection.gather(1, ranks)
+    u = _gated(projections, gate_weights(values, spec), ranks, spec, num_ranks)
+    return u, indices, Chosen(_narrow(indices, logits.shape[1]), _compact(values, projection.dtype, spec), projections)
+
+
+def gated_projection(chosen: Chosen, spec: GateSpec, num_experts: int, num_ranks: int) -> Tensor:
+    """Return u (N, r) once more, from what was saved."""
+    ranks = _ranks(chosen.indices.long(), num_ranks // num_experts)
+    return _gated(chosen.projections, gate_weights(chosen.values, spec), ranks, spec, num_ranks)
+
+
+def backward(
+    du: Tensor, chosen: Chosen, balance_bias: Tensor | None, spec: GateSpec, num_experts: int
+) -> Tensor:
+    """Return [dp, dz] (N, r + E), the gradients of projection and logits, in du's dtype.
+
+    Args:
+        du: (N, r) the gradient of u.
+        chosen: From `forward`.
+        balance_bias: (E,) b as it was in forward; needed where `GateSpec.divides`.
+        spec: The gate.
+        num_experts: E.
+    """
+    num_tokens, num_ranks = du.shape
+    indices = chosen.indices.long()
+    ranks = _ranks(indices, num_ranks // num_experts)
+    weights = gate_weights(chosen.values, spec)
+    du = du.gather(1, ranks)
+    dp = du * _per_rank(weights * (spec.top_k * spec.scale), ranks).to(du.dtype)
+    products = du.to(weights.dtype) * chosen.projections.to(weights.dtype)
+    dweights = products.view(num_tokens, spec.top_k, -1).sum(-1).mul_(spec.top_k * spec.scale)
+    # The derivative of a normalisation over the chosen: what all of them share cancels.
+    shared = dweights - (dweights * weights).sum(-1, keepdim=True)
+    dz = shared * _slope(chosen.values, weights, indices, balance_bias, spec)
+    both = du.new_zeros(num_tokens, num_ranks + num_experts)
+    both.scatter_(1, ranks, dp)
+    return both.scatter_(1, indices + num_ranks, dz.to(du.dtype))
+
+
+def gate_weights(values: Tensor, spec: GateSpec) -> Tensor:
+    """Return (N, k) weights that add up to 1, in float32 or better; the gates are k times these."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return values / values.sum(-1, keepdim=True) if spec.divides else values.softmax(-1)
+
+
+def _values(keys: Tensor, indices: Tensor, spec: GateSpec) -> Tensor:
+    chosen = keys.gather(1, indices)
+    return F.logsigmoid(chosen) if spec.score_function == "sigmoid" and not spec.divides else chosen
+
+
+def _compact(values: Tensor, dtype: torch.dtype, spec: GateSpec) -> Tensor:
+    # Where the adapter computes in 16 bits its gates have no more: float16 relative to the largest has 11 of them.
+    if spec.divides or dtype.itemsize >= 4:
+        return values
+    if spec.score_function == "softmax":
+        values = values - values.amax(-1, keepdim=True)
+    return values.clamp(min=-6e4).half()
+
+
+def _slope(
+    values: Tensor, weights: Tensor, indices: Tensor, balance_bias: Tensor | None, spec: GateSpec
+) -> Tensor:
+    # d weight / d z up to the normalisation.
+    if spec.score_function == "softmax":
+        return weights
+    if not spec.divides:
+        return weights * -torch.expm1(values.to(weights.dtype))  # 1 − sigmoid(z), from log sigmoid(z)
+    assert balance_bias is not None
+    score = values - balance_bias[indices]
+    return score * (1 - score) / values.sum(-1, keepdim=True)
+
+
+def _gated(projections: Tensor, weights: Tensor, ranks: Tensor, spec: GateSpec, num_ranks: int) -> Tensor:
+    gates = _per_rank(weights * (spec.top_k * spec.scale), ranks).to(projections.dtype)
+    return projections.new_zeros(len(ranks), num_ranks).scatter_(1, ranks, projections * gates)
+
+
+def _per_rank(weights: Tensor, ranks: Tensor) -> Tensor:
+    expert_rank = ranks.shape[1] // weights.shape[1]
+    return weights if expert_rank == 1 else weights.repeat_interleave(expert_rank, 1)
+
+
+def _ranks(indices: Tensor, expert_rank: int) -> Tensor:
+    if expert_rank == 1:
+        return indices
+    within = torch.arange(expert_rank, device=indices.device)
+    return (indices[..., None] * expert_rank + within).flatten(1)
+
+
+def _narrow(indices: Tensor, num_experts: int) -> Tensor:
+    return indices.to(torch.uint8 if num_experts <= 256 else torch.int32)
