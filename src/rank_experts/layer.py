@@ -191,13 +191,13 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             return
         mask = call.token_mask(x) if call is not None else None
         if settings.load_balance == "bias":
+            assert adapted.indices is not None
             self._report_load(expert_load(adapted.indices, router.num_experts, mask), adapter_name, call)
         elif call is not None:
+            assert adapted.routing is not None
             call.losses.append((adapter_name, settings.balance_coef * balance_loss(adapted.routing, mask)))
 
-    def _task_gates(
-        self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None
-    ) -> tuple[Tensor, int]:
+    def _task_gates(self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None) -> tuple[Tensor, int]:
         # Gates, a row for each task id, and how many ranks the ids' tasks use at most.
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)

@@ -77,9 +77,9 @@ def rank_experts(
     # As in PEFT's LoRA: autocast decides, and without it the adapter computes in its own dtype.
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype
     dropped = dropout(x if autocast else x.to(A.dtype)) if dropout is not None else None
-    reason = _needs_reference(x, A, B, gate, autocast, want_routing)
-    if reason:
-        announce(f"plain PyTorch: {reason}")
+    if reason := _needs_reference(x, A, B, gate, autocast, want_routing):
+        if not torch.compiler.is_compiling():
+            announce(f"plain PyTorch, because {reason}")
         return _reference(base_layer, x, A, B, gate, scale, dropped, output)
     fresh = _is_plain(base_layer)
     if output is None and fresh and _joins(base_layer, x, autocast):

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from . import gate as torch_gate
 from .gate import Chosen, GateSpec
@@ -79,7 +78,14 @@ def token_gated(
 
 
 def given_gates(
-    x: Tensor, dropped: Tensor | None, tensor: Tensor, A: Tensor, B: Tensor, gates: Tensor | None, scale: float, base: Base
+    x: Tensor,
+    dropped: Tensor | None,
+    tensor: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gates: Tensor | None,
+    scale: float,
+    base: Base,
 ) -> Tensor:
     """Compute base(x) + s · (g ⊙ (dropped Aᵀ)) Bᵀ with gates (G, r), or None where all are 1; else as `token_gated`."""
     inputs = (x, dropped, tensor, A, B, gates)
@@ -95,7 +101,9 @@ class TokenGated(torch.autograd.Function):
     def forward(ctx: Any, x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels):
         """Compute y and the chosen experts, and save x and `Chosen`."""
         y, indices, chosen = _token_forward(x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels)
-        _save(ctx, base, tensor, y, x, dropped, A, B, weight, balance_bias.clone() if spec.biased_gates else None, *chosen)
+        _save(
+            ctx, base, tensor, y, x, dropped, A, B, weight, balance_bias.clone() if spec.biased_gates else None, *chosen
+        )
         ctx.spec, ctx.base, ctx.kernels = spec, base, kernels
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -115,12 +123,9 @@ class TokenGated(torch.autograd.Function):
         with _no_autocast(x):
             num_experts, num_ranks = weight.shape[0], A.shape[0]
             flat = dy.reshape(-1, dy.shape[-1])
-            narrow = flat.to(base.dtype)
-            dB = None
-            if needed[4]:
-                u = ctx.kernels.gated_projection(chosen, spec, num_experts, num_ranks)
-                dB = _transposed_product(u, narrow, B)
-            both = ctx.kernels.backward(narrow @ B.to(base.dtype), chosen, balance_bias, spec, num_experts)
+            narrow, narrow_B = flat.to(base.dtype), B.to(base.dtype)
+            both, dB = ctx.kernels.backward(narrow, narrow_B, chosen, balance_bias, spec, num_experts)
+            dB = dB.to(B.dtype).t().contiguous() if needed[4] else None
             dx = _base_backward(flat, base_weight, base) if needed[0] else None
             if dropped is None:
                 dx = _accumulate(dx, both, torch.cat([A, weight]), x, base) if needed[0] else None
@@ -156,14 +161,14 @@ class GivenGates(torch.autograd.Function):
         if torch.is_grad_enabled():
             update = _given_update(x, dropped, A, B, gates, scale, base)
             inputs = (x, dropped, A, B, gates)
-            dx, *rest = _differentiable(update, dy, base_weight, inputs, needed, base, ctx.shape)
+            dx, *rest = _differentiable(update, dy, base_weight, inputs, needed, base)
             return (dx, *rest, None, None)
         source = x if dropped is None else dropped
         with _no_autocast(source):
             flat = dy.reshape(-1, dy.shape[-1])
             narrow = flat.to(base.dtype)
             u = projection if gates is None else projection * _rows(gates * scale, projection)
-            dB = _transposed_product(u, narrow, B) if needed[4] else None
+            dB = (u.t() @ narrow).to(B.dtype).t().contiguous() if needed[4] else None
             dp = narrow @ B.to(base.dtype)
             dgates = None
             if gates is None:
@@ -212,16 +217,20 @@ def _token_forward(
 
 
 def _given_forward(
-    x: Tensor, dropped: Tensor | None, tensor: Tensor, A: Tensor, B: Tensor, gates: Tensor | None, scale: float, base: Base
+    x: Tensor,
+    dropped: Tensor | None,
+    tensor: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gates: Tensor | None,
+    scale: float,
+    base: Base,
 ) -> tuple[Tensor, Tensor]:
     y = tensor if base.layer is None else base.layer(x)
     with _no_autocast(x):
         source = x if dropped is None else dropped
         projection = source.reshape(-1, x.shape[-1]).to(base.dtype) @ A.to(base.dtype).t()
-        if gates is None:
-            u = projection.mul_(scale)
-        else:
-            u = projection * _rows(gates * scale, projection)
+        u = projection.mul_(scale) if gates is None else projection * _rows(gates * scale, projection)
         return _add(y, u, B, base), projection
 
 
@@ -240,7 +249,7 @@ def _add(y: Tensor, u: Tensor, B: Tensor, base: Base) -> Tensor:
     return (flat + u @ B.t()).to(y.dtype).view(y.shape)
 
 
-def _save(ctx: FunctionCtx, base: Base, tensor: Tensor, y: Tensor, *tensors: Tensor | None) -> None:
+def _save(ctx: Any, base: Base, tensor: Tensor, y: Tensor, *tensors: Tensor | None) -> None:
     # The base layer's weight is what its input's gradient needs; an output that the op was given is not kept.
     ctx.save_for_backward(None if base.layer is None else tensor, *tensors)
     if y is tensor:
@@ -270,18 +279,13 @@ def _weight_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     num_ranks = A.shape[0]
     if needs_A and needs_weight and A.dtype == weight.dtype:
-        return _product(both, x, A, base).split([num_ranks, len(weight)])  # type: ignore[return-value]
+        return _product(both, x, A, base).split([num_ranks, len(weight)])
     dA = _product(both[:, :num_ranks], x, A, base) if needs_A else None
     return dA, _product(both[:, num_ranks:], x, weight, base) if needs_weight else None
 
 
 def _product(gradient: Tensor, x: Tensor, parameter: Tensor, base: Base) -> Tensor:
     return (gradient.t() @ x.reshape(-1, x.shape[-1]).to(base.dtype)).to(parameter.dtype)
-
-
-def _transposed_product(u: Tensor, dy: Tensor, B: Tensor) -> Tensor:
-    # dyᵀ u, the way round that reads dy along its rows.
-    return (u.t() @ dy).to(B.dtype).t().contiguous()
 
 
 def _rows(gates: Tensor, projection: Tensor) -> Tensor:
@@ -343,7 +347,6 @@ def _differentiable(
     inputs: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
     base: Base,
-    shape: torch.Size | None = None,
 ) -> tuple[Tensor | None, ...]:
     # Gradients of x, dropped, tensor, A, B and the last input, with a graph of their own.
     x, dropped, *rest = inputs
@@ -353,6 +356,6 @@ def _differentiable(
     gradients = [next(found) if t is not None and t.requires_grad else None for t in (x, dropped, *rest)]
     if needed[0] and base_weight is not None:
         through_base = flat @ (base_weight.t() if base.transposed else base_weight)
-        through_base = through_base.view(x.shape if x is not None else shape)
+        through_base = through_base.view((*dy.shape[:-1], through_base.shape[-1]))
         gradients[0] = through_base if gradients[0] is None else gradients[0] + through_base
     return gradients[0], gradients[1], _like(dy, base, needed), *gradients[2:]

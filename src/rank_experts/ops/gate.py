@@ -88,9 +88,7 @@ def selection_keys(logits: Tensor, balance_bias: Tensor, spec: GateSpec) -> Tens
     return (logits.sigmoid() if spec.score_function == "sigmoid" else logits) + balance_bias
 
 
-def forward(
-    logits: Tensor, projection: Tensor, balance_bias: Tensor, spec: GateSpec
-) -> tuple[Tensor, Tensor, Chosen]:
+def forward(logits: Tensor, projection: Tensor, balance_bias: Tensor, spec: GateSpec) -> tuple[Tensor, Tensor, Chosen]:
     """Gate the projections.
 
     Args:
@@ -105,45 +103,45 @@ def forward(
     num_ranks = projection.shape[1]
     keys = selection_keys(logits, balance_bias, spec)
     indices = select(keys, spec.top_k)
-    values = _values(keys if spec.divides or spec.biased_gates else logits, indices, spec)
+    values = _values(keys if spec.biased_gates else logits, indices, spec)
     ranks = _ranks(indices, num_ranks // logits.shape[1])
     projections = projection.gather(1, ranks)
-    u = _gated(projections, gate_weights(values, spec), ranks, spec, num_ranks)
+    gates = gate_weights(values, spec) * (spec.top_k * spec.scale)
+    u = _spread(projections * _per_rank(gates, ranks).to(projection.dtype), ranks, num_ranks)
     return u, indices, Chosen(_narrow(indices, logits.shape[1]), _compact(values, projection.dtype, spec), projections)
 
 
-def gated_projection(chosen: Chosen, spec: GateSpec, num_experts: int, num_ranks: int) -> Tensor:
-    """Return u (N, r) once more, from what was saved."""
-    ranks = _ranks(chosen.indices.long(), num_ranks // num_experts)
-    return _gated(chosen.projections, gate_weights(chosen.values, spec), ranks, spec, num_ranks)
-
-
 def backward(
-    du: Tensor, chosen: Chosen, balance_bias: Tensor | None, spec: GateSpec, num_experts: int
-) -> Tensor:
-    """Return [dp, dz] (N, r + E), the gradients of projection and logits, in du's dtype.
+    dy: Tensor, B: Tensor, chosen: Chosen, balance_bias: Tensor | None, spec: GateSpec, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """Differentiate u Bᵀ and the gate.
 
     Args:
-        du: (N, r) the gradient of u.
+        dy: (N, d_out) in the dtype that the adapter computes in.
+        B: (d_out, r) in the same dtype.
         chosen: From `forward`.
         balance_bias: (E,) b as it was in forward; needed where `GateSpec.divides`.
         spec: The gate.
         num_experts: E.
+
+    Returns:
+        [dp, dz] (N, r + E), the gradients of projection and logits; and dBᵀ (r, d_out).
     """
-    num_tokens, num_ranks = du.shape
+    num_tokens, num_ranks = len(dy), B.shape[1]
     indices = chosen.indices.long()
     ranks = _ranks(indices, num_ranks // num_experts)
     weights = gate_weights(chosen.values, spec)
-    du = du.gather(1, ranks)
-    dp = du * _per_rank(weights * (spec.top_k * spec.scale), ranks).to(du.dtype)
+    gates = _per_rank(weights * (spec.top_k * spec.scale), ranks).to(dy.dtype)
+    u = _spread(chosen.projections * gates, ranks, num_ranks)
+    du = (dy @ B).gather(1, ranks)
     products = du.to(weights.dtype) * chosen.projections.to(weights.dtype)
-    dweights = products.view(num_tokens, spec.top_k, -1).sum(-1).mul_(spec.top_k * spec.scale)
+    dweights = products.view(num_tokens, spec.top_k, -1).sum(-1) if num_tokens else products[:, : spec.top_k]
     # The derivative of a normalisation over the chosen: what all of them share cancels.
     shared = dweights - (dweights * weights).sum(-1, keepdim=True)
-    dz = shared * _slope(chosen.values, weights, indices, balance_bias, spec)
-    both = du.new_zeros(num_tokens, num_ranks + num_experts)
-    both.scatter_(1, ranks, dp)
-    return both.scatter_(1, indices + num_ranks, dz.to(du.dtype))
+    dz = shared.mul_(spec.top_k * spec.scale) * _slope(chosen.values, weights, indices, balance_bias, spec)
+    both = dy.new_zeros(num_tokens, num_ranks + num_experts)
+    both.scatter_(1, ranks, du.mul_(gates)).scatter_(1, indices + num_ranks, dz.to(dy.dtype))
+    return both, u.t() @ dy
 
 
 def gate_weights(values: Tensor, spec: GateSpec) -> Tensor:
@@ -166,9 +164,7 @@ def _compact(values: Tensor, dtype: torch.dtype, spec: GateSpec) -> Tensor:
     return values.clamp(min=-6e4).half()
 
 
-def _slope(
-    values: Tensor, weights: Tensor, indices: Tensor, balance_bias: Tensor | None, spec: GateSpec
-) -> Tensor:
+def _slope(values: Tensor, weights: Tensor, indices: Tensor, balance_bias: Tensor | None, spec: GateSpec) -> Tensor:
     # d weight / d z up to the normalisation.
     if spec.score_function == "softmax":
         return weights
@@ -179,9 +175,8 @@ def _slope(
     return score * (1 - score) / values.sum(-1, keepdim=True)
 
 
-def _gated(projections: Tensor, weights: Tensor, ranks: Tensor, spec: GateSpec, num_ranks: int) -> Tensor:
-    gates = _per_rank(weights * (spec.top_k * spec.scale), ranks).to(projections.dtype)
-    return projections.new_zeros(len(ranks), num_ranks).scatter_(1, ranks, projections * gates)
+def _spread(gated: Tensor, ranks: Tensor, num_ranks: int) -> Tensor:
+    return gated.new_zeros(len(ranks), num_ranks).scatter_(1, ranks, gated)
 
 
 def _per_rank(weights: Tensor, ranks: Tensor) -> Tensor:
