@@ -5,8 +5,10 @@ from .balance import update_router_bias
 from .config import RankExpertConfig
 from .export import export_lora
 from .files import load_rank_experts, save_rank_experts
+from .importing import import_checkpoint
 from .merge import merge_rank_experts, unmerge_rank_experts
 from .model import RankExpertModel, inject_rank_experts, use_task
+from .prune import prune_rank_experts
 from .registration import register
 from .upcycle import from_lora, from_loras
 
@@ -19,9 +21,11 @@ __all__ = [
     "export_lora",
     "from_lora",
     "from_loras",
+    "import_checkpoint",
     "inject_rank_experts",
     "load_rank_experts",
     "merge_rank_experts",
+    "prune_rank_experts",
     "save_rank_experts",
     "unmerge_rank_experts",
     "update_router_bias",
