@@ -1,0 +1,104 @@
+"""The methods that the benchmark compares: how each puts its adapter into the encoder, and what it costs.
+
+All of them adapt the same layers: every linear layer of the encoder but the pooler, which mean pooling does not use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from rank_experts import RankExpertConfig, inject_rank_experts
+from rank_experts.model import adapted_layers
+from rank_experts.routing import TaskRouter, TokenRouter
+
+TARGETS = ["query", "key", "value", "dense"]
+EXCLUDED = ["pooler.dense"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method: its adapter, the sampling law, and whether every task has an adapter of its own."""
+
+    adapt: Callable[[nn.Module, list[str]], nn.Module]
+    law: str = "balanced"
+    per_task: bool = False
+
+
+def _lora(r: int, alpha: float) -> Callable[[nn.Module, list[str]], nn.Module]:
+    def adapt(encoder: nn.Module, tasks: list[str]) -> nn.Module:
+        # PEFT's own LoRA, not this library's dense router: what users have today.
+        return get_peft_model(
+            encoder, LoraConfig(r=r, lora_alpha=alpha, target_modules=TARGETS, exclude_modules=EXCLUDED)
+        )
+
+    return adapt
+
+
+def _ours(preset: str, detach_gates: bool = False, **values: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
+    def adapt(encoder: nn.Module, tasks: list[str]) -> nn.Module:
+        known = {"tasks": tasks} if preset == "more" else {}
+        config = getattr(RankExpertConfig, preset)(**known, **values, target_modules=TARGETS, exclude_modules=EXCLUDED)
+        model = inject_rank_experts(encoder, config)
+        if detach_gates:
+            for _, layer in adapted_layers(model):
+                layer.rank_expert_router["default"].register_forward_hook(_without_gradient)
+        return model
+
+    return adapt
+
+
+def _without_gradient(router: nn.Module, args: Any, routing: Any) -> Any:
+    return routing._replace(gates=routing.gates.detach())
+
+
+MAIN = {
+    "lora_r8": Method(_lora(8, 16)),
+    "lora_r64": Method(_lora(64, 16)),
+    "smora_r64_k8": Method(_ours("smora", r=64, top_k=8, alpha=16)),
+    "mixture_8x8_top1": Method(_ours("mixture", num_experts=8, expert_rank=8, top_k=1, alpha=16)),
+    "more_r8": Method(_ours("more", r=8, alpha=32)),
+}
+
+UPPER = {"lora_r8_per_task": Method(_lora(8, 16), per_task=True)}
+
+ABLATIONS = {
+    "smora_no_balancing": Method(_ours("smora", r=64, top_k=8, alpha=16, load_balance="none")),
+    "smora_auxiliary_loss": Method(_ours("smora", r=64, top_k=8, alpha=16, load_balance="loss")),
+    "smora_softmax": Method(_ours("smora", r=64, top_k=8, alpha=16, score_function="softmax")),
+    "more_no_contrastive": Method(_ours("more", r=8, alpha=32, contrastive_coef=0.0)),
+    "more_no_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="none")),
+    "more_rank_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="rank")),
+    "more_alpha_16": Method(_ours("more", r=8, alpha=16)),
+    "more_no_straight_through": Method(_ours("more", detach_gates=True, r=8, alpha=32)),
+    "more_random_sampling": Method(_ours("more", r=8, alpha=32), law="proportional"),
+}
+
+METHODS = MAIN | UPPER | ABLATIONS
+
+
+def trainable_parameters(encoder: nn.Module) -> int:
+    """Count what is trained in the encoder; the heads, the same for every method, are left out."""
+    return sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def active_parameters(encoder: nn.Module, task_id: int) -> int:
+    """Count the adapter's parameters that take part in the computation of one token of a task, routers included."""
+    total = 0
+    found = False
+    for _, layer in adapted_layers(encoder):
+        found = True
+        router = dict(layer.rank_expert_router.items()).get("default")
+        width = layer.in_features + layer.out_features
+        if isinstance(router, TokenRouter):
+            total += router.top_k * router.expert_rank * width + router.weight.numel()
+        elif isinstance(router, TaskRouter):
+            # At inference the task's rank is a constant: the embeddings and the gate need not run.
+            total += int(router(torch.tensor([task_id], device=router.gate_bias.device)).indices) * width
+    return total if found else trainable_parameters(encoder)
