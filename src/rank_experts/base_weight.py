@@ -34,7 +34,7 @@ def quantisation(layer: Any) -> str | None:
             return "bitsandbytes 8-bit"
         if isinstance(layer, bnb.nn.Linear4bit):
             return "bitsandbytes 4-bit"
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     if type(weight).__module__.startswith("torchao."):
         return "torchao"
     # Else a tensor of another library, eight bits with scales beside them, or a weight under another name.
@@ -51,7 +51,7 @@ def check_readable(layer: Any, path: str) -> None:
     kind = quantisation(layer)
     if kind in _READABLE and (kind != "torchao" or hasattr(layer.weight, "dequantize")):
         return
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     held = f"a weight of {weight.dtype}" if isinstance(weight, Tensor) else "no floating-point weight"
     raise TypeError(
         f"{path} is a {type(layer).__module__}.{type(layer).__name__} with {held}, which rank-experts cannot "
