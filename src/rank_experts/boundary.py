@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ._warnings import warn_once
 from .context import Call, RoutingScope, Tasks, bind_checkpointing, check_task_ids, unbind_checkpointing
 
 _SILENT_CALLS = 1000
-_UNUSED_LOSSES = 100
+_UNUSED_LOSSES = 20
 
 
 class RoutedForward:
@@ -41,6 +42,7 @@ class RoutedForward:
         signature = inspect.signature(self.original)
         self.names = tuple(signature.parameters)
         self.__signature__ = _with_task_ids(signature)
+        self.guards: tuple[RemovableHandle, ...] = ()
 
     def __call__(self, *args: Any, task_ids: Tasks | None = None, **kwargs: Any) -> Any:
         """Forward with a call around it; `task_ids` are (batch,) ids, a task's name, or a name an example."""
@@ -56,19 +58,56 @@ class RoutedForward:
             return self.original(*args, **kwargs)
 
     def _model(self, args: tuple[Any, ...], kwargs: dict[str, Any], task_ids: Tasks | None) -> Any:
+        call = self._model_call(args, kwargs, task_ids)
+        with call:
+            outputs = self.original(*args, **kwargs)
+        return self._leave(call, outputs)
+
+    def _model_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], task_ids: Tasks | None) -> Call:
         if self.module.training:
             bind_checkpointing(self.module, self.scope)
         given = dict(zip(self.names, args)) | kwargs
         call = _begin(self.scope, self.scope.current(), task_ids)
         call.mask = _matrix(given.get("attention_mask"))
-        if (labels := _matrix(given.get("labels"))) is not None:
+        call.labels = given.get("labels")
+        call.num_items = given.get("num_items_in_batch")
+        if (labels := _matrix(call.labels)) is not None:
             call.target_mask = labels != -100
-        with call:
-            outputs = self.original(*args, **kwargs)
+        return call
+
+    def _leave(self, call: Call, outputs: Any) -> Any:
         if self.module.training:
             self._commit_loads(call)
-            outputs = self._add_losses(call, outputs, given)
+            outputs = self._add_losses(call, outputs)
         return outputs
+
+    def guard(self) -> None:
+        """Keep the call around the module where others replace its forward without calling ours, as TRL does.
+
+        Hooks run whatever `forward` is; they act only where it is not this one any more.
+        """
+        before = self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+        after = self.module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        self.guards = (before, after)
+
+    def _is_replaced(self) -> bool:
+        return self.module.__dict__.get("forward") is not self
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not self._is_replaced():
+            return None
+        kwargs = dict(kwargs)
+        call = self._model_call(args, kwargs, kwargs.pop("task_ids", None))
+        call.owner = self
+        call.__enter__()
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        call = self.scope.current()
+        if call is None or call.owner is not self:
+            return None
+        call.__exit__()
+        return None if outputs is None else self._leave(call, outputs)
 
     def _decoder_call(
         self, outer: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any], task_ids: Tasks | None
@@ -97,11 +136,11 @@ class RoutedForward:
                     "callbacks=[RankExpertCallback()] from rank_experts.trainer."
                 )
 
-    def _add_losses(self, call: Call, outputs: Any, given: dict[str, Any]) -> Any:
+    def _add_losses(self, call: Call, outputs: Any) -> Any:
         if not call.losses:
             return outputs
-        labels = given.get("labels")
-        auxiliary = _mean_over_layers(call.losses) * _share_of_step(labels, given.get("num_items_in_batch"))
+        labels = call.labels
+        auxiliary = _mean_over_layers(call.losses) * _share_of_step(labels, call.num_items)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._watch(auxiliary)
         if isinstance(outputs, tuple):
@@ -183,7 +222,17 @@ def install(module: nn.Module, scope: RoutingScope, role: str) -> None:
     """Put a call around a module's forward; harmless where one of the same scope is there already."""
     installed = module.__dict__.get("forward")
     if not (isinstance(installed, RoutedForward) and installed.scope is scope):
-        module.forward = RoutedForward(module, scope, role)
+        module.forward = routed = RoutedForward(module, scope, role)
+        if role == "model":
+            routed.guard()
+
+
+def routed_forward(module: nn.Module) -> RoutedForward | None:
+    """Return the call around a module's forward, or None; found too where others have replaced that forward since."""
+    if isinstance(forward := module.__dict__.get("forward"), RoutedForward):
+        return forward
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, RoutedForward)), None)
 
 
 def install_model(model: nn.Module, scope: RoutingScope) -> None:
@@ -199,6 +248,9 @@ def install_model(model: nn.Module, scope: RoutingScope) -> None:
 def uninstall(model: nn.Module) -> None:
     """Take every call off a model again."""
     for module in model.modules():
+        if (routed := routed_forward(module)) is not None:
+            for guard in routed.guards:
+                guard.remove()
         forward = module.__dict__.get("forward")
         if isinstance(forward, RoutedForward):
             if forward.was_instance_attribute:

@@ -82,9 +82,11 @@ class Call:
         adapter_names: An adapter's name an example, for PEFT's mixed-adapter batches; None: the active adapters.
         mask: (B, L) true where a token is not padding; None: all are tokens.
         target_mask: The same for a decoder that is given labels and no mask.
+        labels: The labels that the model was called with, and `num_items` how many the whole step has.
         memory: What a decoder reads from its encoder, and `memory_mask` which of it is not padding.
         loads: (layer, adapter, counts) reported by token routers.
         losses: (adapter, loss) reported by layers with an auxiliary loss.
+        owner: Whoever must end the call, where that is not a `with` block.
         observers: Called with (layer, adapter, routing, mask) whenever a layer routes; see `report.record_routing`.
     """
 
@@ -93,12 +95,15 @@ class Call:
     adapter_names: list[str] | None = None
     mask: Tensor | None = None
     target_mask: Tensor | None = None
+    labels: Any = None
+    num_items: Any = None
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
     loads: list[tuple[RankExpertLinear, str, Tensor]] = field(default_factory=list)
     losses: list[tuple[str, Tensor]] = field(default_factory=list)
     observers: tuple[Callable[..., None], ...] = ()
     outer: Call | None = None
+    owner: Any = None
     _resolved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
 
     def fork(self, **changes: Any) -> Call:

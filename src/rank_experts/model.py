@@ -154,7 +154,8 @@ class RankExpertModel(BaseTuner):
                 f"bias={config.bias!r}: peft {peft.__version__} would not save the trained biases of this method. "
                 'Install peft 0.21 or newer, or use bias="none".'
             )
-        adapter_name = next(name for name, known in self.peft_config.items() if known is config)
+        # The last one: PEFT has just entered it, and a config may serve two adapters (TRL's reference adapter).
+        adapter_name = [name for name, known in self.peft_config.items() if known is config][-1]
         for path, layer in adapted_layers(self.model):
             if adapter_name in layer.rank_expert_A:
                 raise ValueError(
