@@ -186,6 +186,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
     def _token_gates(self, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
         settings = self.settings[adapter_name]
         routing: Routing = router(x.reshape(-1, self.in_features))
+        self._observe(routing, x, adapter_name)
         if self.training and settings.load_balance != "none":
             mask = call.token_mask(x) if call is not None else None
             if settings.load_balance == "bias":
@@ -204,9 +205,16 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             pooled = pool_examples(examples, mask, settings.pooling)
             loss = router.contrast(pooled, ids, settings.contrastive_temperature)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
-        gates = router(ids).gates
+        routing: Routing = router(ids)
+        self._observe(routing, x, adapter_name)
+        gates = routing.gates
         num_rows = x.numel() // self.in_features
         return gates if len(ids) in (1, num_rows) else gates.repeat_interleave(num_rows // len(ids), 0)
+
+    def _observe(self, routing: Routing, x: Tensor, adapter_name: str) -> None:
+        call = self.scope.current()
+        if call is not None and call.observers:
+            call.observe(self, adapter_name, x, routing)
 
     def _mixed_adapters(self, result: Tensor, x: Tensor, call: Call) -> Tensor:
         # One adapter an example (PEFT's adapter_names); rows that an example spans, its beams, are adjacent.
@@ -218,15 +226,16 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             )
         names = [name for name in names for _ in range(len(x) // len(names))]
         result = result.clone()
+        mask = call.token_mask(x)
         for adapter_name in dict.fromkeys(names):
             if adapter_name not in self.rank_expert_A:
                 continue
             rows = torch.tensor([i for i, name in enumerate(names) if name == adapter_name], device=x.device)
-            own = call
+            own = call if isinstance(call.tasks, str) else call.fork(tasks=None)
             if isinstance(self._router(adapter_name), TaskRouter) and call.tasks is not None:
                 ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
                 own = call.fork(tasks=ids.repeat_interleave(len(x) // len(ids))[rows])
-            with own.fork(mask=None):
+            with own.fork(mask=None if mask is None else mask.view(len(x), -1)[rows]):
                 result[rows] = self._apply_adapter(result[rows], x[rows], adapter_name, None)
         return result
 
