@@ -25,6 +25,7 @@ from .config import nearest
 
 if TYPE_CHECKING:
     from .layer import RankExpertLinear
+    from .routing import Routing
 
 Tasks = str | list[str] | Tensor
 
@@ -87,7 +88,7 @@ class Call:
         loads: (layer, adapter, counts) reported by token routers.
         losses: (adapter, loss) reported by layers with an auxiliary loss.
         owner: Whoever must end the call, where that is not a `with` block.
-        observers: Called with (layer, adapter, routing, mask) whenever a layer routes; see `report.record_routing`.
+        observers: Called with (layer, adapter, x, routing, call) when a layer routes; see `recording.record_routing`.
     """
 
     scope: RoutingScope
@@ -135,6 +136,13 @@ class Call:
             self.scope.traced = self.outer
         else:
             _current_call.set(self.outer)
+
+    def observe(self, layer: RankExpertLinear, adapter: str, x: Tensor, routing: Routing) -> None:
+        """Tell the observers what a layer decided for its input x (…, d_in); not when backward recomputes it."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return
+        for observer in self.observers:
+            observer(layer, adapter, x, routing, self)
 
     def token_mask(self, x: Tensor) -> Tensor | None:
         """Return (N,) true where a token of a layer's input (B, L, d) or (N, d) is not padding; None: all are."""

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .base_weight import check_readable, keep_weight, read_weight, restore_weight, write_weight
 from .context import Call, RoutingScope, task_ids_of_layer
 from .ops import Adapted, rank_experts
-from .routing import TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
+from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
 
 
 class AdapterSettings(NamedTuple):
@@ -178,7 +178,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             scale=self.scale(adapter_name),
             dropout=dropout if self.training and isinstance(dropout, nn.Dropout) else None,
             output=result,
-            want_routing=self.training and self.settings[adapter_name].load_balance == "loss",
+            want_routing=self._wants_routing(adapter_name),
         )
         if isinstance(router, TokenRouter):
             self._report(adapted, router, x, adapter_name, call)
@@ -187,6 +187,8 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
     def _report(self, adapted: Adapted, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> None:
         # What training wants to know of a token router's choice.
         settings = self.settings[adapter_name]
+        if adapted.routing is not None:
+            self._observe(adapted.routing, x, adapter_name)
         if not self.training or settings.load_balance == "none":
             return
         mask = call.token_mask(x) if call is not None else None
@@ -208,11 +210,23 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             pooled = pool_examples(examples, mask, settings.pooling)
             loss = router.contrast(pooled, ids, settings.contrastive_temperature)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
-        routing = router(ids)
+        routing: Routing = router(ids)
+        self._observe(routing, x, adapter_name)
         if torch.compiler.is_compiling() or not len(ids) or ids.device.type != "cpu":
             return routing.gates, router.r  # An accelerator would have to be waited for.
         used = int(routing.indices.max())
         return routing.gates[:, :used], used
+
+    def _wants_routing(self, adapter_name: str) -> bool:
+        # Beyond the choice itself: the probabilities, for the balancing loss or for whoever watches.
+        call = self.scope.current()
+        watched = call is not None and bool(call.observers)
+        return watched or (self.training and self.settings[adapter_name].load_balance == "loss")
+
+    def _observe(self, routing: Routing, x: Tensor, adapter_name: str) -> None:
+        call = self.scope.current()
+        if call is not None and call.observers:
+            call.observe(self, adapter_name, x, routing)
 
     def _mixed_adapters(self, result: Tensor, x: Tensor, call: Call) -> Tensor:
         # One adapter an example (PEFT's adapter_names); rows that an example spans, its beams, are adjacent.
@@ -224,15 +238,16 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             )
         names = [name for name in names for _ in range(len(x) // len(names))]
         result = result.clone()
+        mask = call.token_mask(x)
         for adapter_name in dict.fromkeys(names):
             if adapter_name not in self.rank_expert_A:
                 continue
             rows = torch.tensor([i for i, name in enumerate(names) if name == adapter_name], device=x.device)
-            own = call
+            own = call if isinstance(call.tasks, str) else call.fork(tasks=None)
             if isinstance(self._router(adapter_name), TaskRouter) and call.tasks is not None:
                 ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
                 own = call.fork(tasks=ids.repeat_interleave(len(x) // len(ids))[rows])
-            with own.fork(mask=None):
+            with own.fork(mask=None if mask is None else mask.view(len(x), -1)[rows]):
                 result[rows] = self._apply_adapter(result[rows], x[rows], adapter_name, None)
         return result
 

@@ -1,0 +1,347 @@
+"""Routing that people can read: a table, a page, and what stands out.
+
+    routing_report(model, dataloader, "routing.html")    what the routers do with data
+    inspect_adapter("my-adapter")                        what the files alone tell, without the base model
+
+Both return a `RoutingReport`. The counting is in `recording.py`, the page in `report_page.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import RankExpertConfig
+from .files import WEIGHTS_FILE, read_config, read_tensors
+from .findings import Finding, find
+from .recording import record_routing
+from .statistics import LayerStatistics, layer_statistics
+
+__all__ = ["RoutingReport", "inspect_adapter", "record_routing", "routing_report"]
+
+_METHODS = {"token": "SMoRA (token-routed ranks)", "task": "MoRE (task-routed ranks)", "dense": "LoRA (no router)"}
+_TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.rank_expert_(?P<name>A|B|router\.\w+)")
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """What is known of an adapter's routing, ready to be printed.
+
+    Attributes:
+        title: One line.
+        facts: Name to value: method, base model, sizes, what was recorded.
+        layers: One entry a layer, in the model's order.
+        config: The adapter's; None where the model keeps none.
+        history: The Trainer's log history, `trainer.state.log_history`.
+    """
+
+    title: str
+    facts: Mapping[str, str]
+    layers: Sequence[LayerStatistics]
+    config: RankExpertConfig | None = None
+    history: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What stands out, warnings first."""
+        return find(self.layers, self.config)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names, in the order of their ids."""
+        return max((layer.tasks for layer in self.layers), key=len, default=())
+
+    def to_text(self) -> str:
+        """Return the report for a terminal: facts, findings, one line a layer."""
+        width = max(map(len, self.facts), default=0)
+        parts = [self.title, *(f"  {name.ljust(width)}  {value}" for name, value in self.facts.items()), ""]
+        parts += [f"{'!' if found.level == 'warning' else '-'} {found.text}" for found in self.findings]
+        return "\n".join([*parts, "", *_table(layer_rows(self.layers))]) + "\n"
+
+    def to_html(self) -> str:
+        """Return the report as one self-contained HTML page."""
+        from .report_page import render
+
+        return render(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the HTML page."""
+        Path(path).write_text(self.to_html(), encoding="utf-8")
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def layer_rows(layers: Sequence[LayerStatistics]) -> list[list[str]]:
+    """Return the table of layers as text: the column names, then one row a layer. Empty columns are left out."""
+    tasks = max((layer.tasks for layer in layers if layer.chosen_rank is not None), key=len, default=())
+    rows = [
+        {
+            "layer": layer.path,
+            "r": str(layer.sizes[0]),
+            "experts": str(layer.num_experts) if layer.router == "token" else "",
+            "tokens": "" if layer.load is None or layer.counts is None else f"{int(layer.counts.tokens.sum()):,}",
+            **({} if layer.router == "task" else _load_columns(layer)),
+            "entropy": _number(layer.routing_entropy),
+            "bias": "" if layer.balance_bias is None else _span(layer.balance_bias),
+            **{f"r({task})": _rank(layer, i) for i, task in enumerate(tasks)},
+            "update": _number(float(layer.update_norm.square().sum().sqrt())),
+        }
+        for layer in layers
+    ]
+    columns = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)
+    ]
+    return [columns, *([row.get(name, "") for name in columns] for row in rows)]
+
+
+def _load_columns(layer: LayerStatistics) -> dict[str, str]:
+    dead = layer.dead_experts
+    return {
+        "load cv": _number(layer.load_cv),
+        "max load": _number(layer.load_max),
+        "evenness": _number(layer.load_entropy),
+        "dead": "" if dead is None else str(len(dead)),
+    }
+
+
+def _rank(layer: LayerStatistics, task: int) -> str:
+    return "" if layer.chosen_rank is None or task >= len(layer.chosen_rank) else str(int(layer.chosen_rank[task]))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _span(values: Tensor) -> str:
+    return f"{float(values.min()):+.3f} … {float(values.max()):+.3f}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return lines
+
+
+def routing_report(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    adapter_name: str | None = None,
+    tasks: Sequence[str] | None = None,
+    log_history: Sequence[Mapping[str, Any]] = (),
+    max_batches: int | None = None,
+) -> RoutingReport:
+    """Run a model over data in evaluation mode and report what its routers decided.
+
+    Under data parallelism all ranks call it, each with its own data; each returns the report on all of it and rank 0
+    writes the page.
+
+    Args:
+        model: With a routed adapter.
+        dataloader: Batches of keyword arguments for the model, tensors on any device. `task_ids` among them tell the
+            tasks apart, also where only token routers are there.
+        output: Where to write the HTML page; None: nowhere.
+        adapter_name: Which adapter; None: the first active one.
+        tasks: Names for `task_ids` where the model has token routers only.
+        log_history: `trainer.state.log_history`, for the curves of the training.
+        max_batches: Stop after so many; None: take all.
+
+    Returns:
+        A `RoutingReport`; `print` it, or `.save` it.
+
+    Raises:
+        ValueError: There is no routed adapter, or nothing was routed (no data, or the adapter is merged or disabled).
+        TypeError: A batch is not a mapping.
+
+    Example:
+        >>> print(routing_report(model, dataloader, "routing.html"))  # doctest: +SKIP
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with record_routing(model, tasks) as stats, torch.no_grad():
+            for i, batch in enumerate(dataloader):
+                if max_batches is not None and i >= max_batches:
+                    break
+                model(**_on_device(batch, model))
+    finally:
+        for module, training in modes:
+            module.training = training
+    distributed = dist.is_available() and dist.is_initialized()
+    layers = stats.all_reduce().layers(adapter_name)
+    tokens = [int(layer.counts.tokens.sum()) for layer in layers if layer.counts is not None]
+    if not sum(tokens):
+        raise ValueError(
+            "routing_report saw no token being routed: the dataloader is empty, all of it is padding, or the adapter "
+            "is merged (unmerge_rank_experts), disabled or not active."
+        )
+    config = _config_of(model, adapter_name)
+    facts = _facts(config, layers) | {"recorded": f"{max(tokens):,} tokens" + _by_task(layers)}
+    report = RoutingReport("Routing report", facts, layers, config, tuple(log_history))
+    if output is not None and not (distributed and dist.get_rank()):
+        report.save(output)
+    return report
+
+
+def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"A batch is a {type(batch).__name__}: expected keyword arguments for the model, for instance "
+            '{"input_ids": …, "attention_mask": …, "task_ids": …}.'
+        )
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _config_of(model: nn.Module, adapter_name: str | None) -> RankExpertConfig | None:
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, dict) else ():
+            if isinstance(config, RankExpertConfig) and adapter_name in (None, name):
+                return config
+    return None
+
+
+def _facts(config: RankExpertConfig | None, layers: Sequence[LayerStatistics]) -> dict[str, str]:
+    ranks = sorted({layer.sizes[0] for layer in layers})
+    facts = {
+        "method": _METHODS[layers[0].router] if layers else "",
+        "layers": f"{len(layers)}, r = {' / '.join(map(str, ranks))}",
+    }
+    if config is None:
+        return facts
+    if config.base_model_name_or_path:
+        facts["base model"] = str(config.base_model_name_or_path)
+    facts["alpha"] = f"{config.alpha:g}"
+    if config.router == "token":
+        experts = sorted({layer.num_experts for layer in layers})
+        facts["experts"] = (
+            f"{' / '.join(map(str, experts))} of rank {config.expert_rank}, {config.top_k} active a token"
+        )
+        facts["balancing"] = config.load_balance
+    if config.router == "task":
+        facts["tasks"] = ", ".join(config.tasks or ())
+    return facts
+
+
+def _by_task(layers: Sequence[LayerStatistics]) -> str:
+    layer = max(layers, key=lambda layer: 0 if layer.counts is None else int(layer.counts.tokens.sum()))
+    if layer.counts is None or not layer.tasks:
+        return ""
+    numbers = layer.counts.tokens.tolist()
+    named = [f"{task} {number:,}" for task, number in zip(layer.tasks, numbers[1:])]
+    return f" ({', '.join([*named, *([f'no task {numbers[0]:,}'] if numbers[0] else [])])})"
+
+
+def inspect_adapter(path: str | os.PathLike[str], log_history: Sequence[Mapping[str, Any]] = ()) -> RoutingReport:
+    """Report on an adapter from its files alone; no base model is needed.
+
+    Sizes, the size of every rank's update, a token router's balancing bias, and a task router's chosen ranks and
+    embeddings. What tokens do only data can tell: see `routing_report`.
+
+    Args:
+        path: A folder that `save_rank_experts` or `PeftModel.save_pretrained` wrote.
+        log_history: The Trainer's, for the curves of the training.
+
+    Returns:
+        A `RoutingReport`.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: It is another method's adapter, a newer format, damaged, or its tensors do not fit together.
+
+    Example:
+        >>> print(inspect_adapter("my-adapter"))  # doctest: +SKIP
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    tensors = read_tensors(folder, _shapes(folder), config)
+    layers = layers_of_tensors(tensors, config)
+    size = (folder / WEIGHTS_FILE).stat().st_size
+    facts = _facts(config, layers) | {
+        "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}{_by_role(tensors)}",
+        "file": f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB",
+    }
+    return RoutingReport(f"Adapter {folder.resolve().name}", facts, layers, config, tuple(log_history))
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    # What the file says it holds; read_tensors reports a missing file, dtypes and values.
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}. Save the adapter again.") from None
+
+
+def layers_of_tensors(tensors: Mapping[str, Tensor], config: RankExpertConfig) -> list[LayerStatistics]:
+    """Group an adapter's tensors by layer and read each layer's statistics off them.
+
+    Args:
+        tensors: By the file's names.
+        config: The adapter's.
+
+    Raises:
+        ValueError: A layer lacks a tensor, or its shapes do not fit together.
+    """
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := _TENSOR.fullmatch(name):
+            by_layer.setdefault(match["path"], {})[match["name"]] = tensor
+    for path, found in by_layer.items():
+        _check_layer(path, {name: tuple(tensor.shape) for name, tensor in found.items()}, config)
+    tasks = tuple(config.tasks or ())
+    ordered = sorted(by_layer, key=_natural)
+    return [layer_statistics(path, by_layer[path], tasks=tasks) for path in ordered]
+
+
+def _check_layer(path: str, shapes: dict[str, tuple[int, ...]], config: RankExpertConfig) -> None:
+    r, d_in = shapes.get("A", (0, 0)) if len(shapes.get("A", ())) == 2 else (0, 0)
+    d_out = shapes.get("B", (0,))[0] if shapes.get("B") else 0
+    expected: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r)}
+    if config.router == "token":
+        num_experts = r // config.expert_rank
+        expected |= {"router.weight": (num_experts, d_in), "router.balance_bias": (num_experts,)}
+    elif config.router == "task":
+        width = config.task_embedding_dim or d_in
+        expected |= {
+            "router.task_embedding": (len(config.tasks or ()), width),
+            "router.gate_weight": (r, width),
+            "router.gate_bias": (r,),
+        }
+        if width != d_in:
+            expected["router.projection"] = (width, d_in)
+    if shapes != expected or not r:
+        raise ValueError(
+            f"The tensors of {path} do not fit together, or not the config: found {shapes}, expected {expected}."
+        )
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
+
+
+def _by_role(tensors: Mapping[str, Tensor]) -> str:
+    roles = {"A and B": 0, "routers": 0, "other modules": 0}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        role = "other modules" if match is None else "routers" if match["name"].startswith("router") else "A and B"
+        roles[role] += tensor.numel()
+    return f" ({', '.join(f'{role} {count:,}' for role, count in roles.items() if count)})"

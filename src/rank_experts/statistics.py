@@ -1,0 +1,191 @@
+"""What is known of one adapted layer's routing: from its tensors, and from what a recording counted.
+
+Plain data on the CPU and the numbers that follow from it; who counts is `recording.py`, who prints is `report.py`.
+
+Shapes: E experts (a task router's experts are its ranks), T tasks, r ranks, e task-embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingCounts:
+    """What a recording counted of one layer. Row 0: tokens whose task is unknown; row t + 1: task t.
+
+    Attributes:
+        usage: (T + 1, E) int64, how many tokens used each expert; padding is left out.
+        tokens: (T + 1,) int64, how many tokens there were.
+        entropy: (T + 1,) float64, the router's entropy added up over tokens; 1 a token where it is undecided.
+    """
+
+    usage: Tensor
+    tokens: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One adapter of one layer.
+
+    Attributes:
+        path: The layer's place in the base model.
+        router: "token", "task" or "dense".
+        tasks: Names, in the order of their ids; those of a token router come from the recording.
+        sizes: (r, d_in, d_out).
+        num_experts: E.
+        update_norm: (r,) Frobenius norm of each rank's update B_j A_j, without the scale.
+        balance_bias: (E,) b of a token router.
+        task_embedding: (T, e) of a task router.
+        chosen_rank: (T,) int64, r_t of a task router, computed from its gate.
+        counts: From a recording; None: the tensors alone are known.
+    """
+
+    path: str
+    router: str
+    tasks: tuple[str, ...]
+    sizes: tuple[int, int, int]
+    num_experts: int
+    update_norm: Tensor
+    balance_bias: Tensor | None = None
+    task_embedding: Tensor | None = None
+    chosen_rank: Tensor | None = None
+    counts: RoutingCounts | None = None
+
+    @property
+    def load(self) -> Tensor | None:
+        """(E,) float64, tokens that used each expert; None where nothing was recorded."""
+        if self.counts is None or not self.counts.tokens.sum():
+            return None
+        return self.counts.usage.sum(0).double()
+
+    @property
+    def relative_load(self) -> Tensor | None:
+        """(E,) load over the mean load: 1 is an expert's fair share."""
+        return None if (load := self.load) is None else load / load.mean().clamp(min=1e-12)
+
+    @property
+    def load_cv(self) -> float | None:
+        """Standard deviation of the load over its mean; 0 is even."""
+        return None if (load := self.relative_load) is None else float(load.std(correction=0))
+
+    @property
+    def load_max(self) -> float | None:
+        """The largest expert's load over the mean load."""
+        return None if (load := self.relative_load) is None else float(load.max())
+
+    @property
+    def load_entropy(self) -> float | None:
+        """Entropy of the load over the experts, 0 (one has it all) to 1 (even)."""
+        if (load := self.load) is None:
+            return None
+        return float(normalised_entropy(load / load.sum().clamp(min=1)))
+
+    @property
+    def routing_entropy(self) -> float | None:
+        """The router's entropy for a token, in the mean: 0 (decided) to 1 (undecided)."""
+        if self.counts is None or not self.counts.tokens.sum():
+            return None
+        return float(self.counts.entropy.sum() / self.counts.tokens.sum())
+
+    @property
+    def dead_experts(self) -> list[int] | None:
+        """Experts that no token used; None where nothing was recorded."""
+        return None if (load := self.load) is None else (load == 0).nonzero().flatten().tolist()
+
+    @property
+    def task_usage(self) -> Tensor | None:
+        """(T, E) the share of a task's tokens that used each expert; NaN for a task that was not seen.
+
+        Without a recording, a task router's follows from its chosen ranks.
+        """
+        if self.counts is not None and len(self.counts.tokens) > 1:
+            tokens = self.counts.tokens[1:, None].double()
+            return self.counts.usage[1:] / torch.where(tokens > 0, tokens, torch.nan)
+        if self.counts is None and self.chosen_rank is not None:
+            return (torch.arange(self.num_experts) < self.chosen_rank[:, None]).double()
+        return None
+
+    @property
+    def task_overlap(self) -> Tensor | None:
+        """(T, T) what two tasks' use of the experts has in common: Σ_i min(p_t[i], p_u[i]), 0 (nothing) to 1 (all).
+
+        p_t is task t's usage, normalised to a distribution over the experts.
+        """
+        if (usage := self.task_usage) is None:
+            return None
+        share = usage / usage.sum(-1, keepdim=True).clamp(min=1e-12)
+        return torch.minimum(share[:, None], share[None]).sum(-1)
+
+    @property
+    def embedding_similarity(self) -> Tensor | None:
+        """(T, T) cosines of the task embeddings."""
+        if self.task_embedding is None:
+            return None
+        unit = F.normalize(self.task_embedding.double(), dim=-1)
+        return unit @ unit.T
+
+
+def normalised_entropy(probabilities: Tensor) -> Tensor:
+    """Return entropy over the last dimension divided by the largest possible one: (…, E) to (…,), 0 to 1.
+
+    Example:
+        >>> normalised_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+        tensor([1., 0.])
+    """
+    return torch.special.entr(probabilities).sum(-1) / math.log(max(probabilities.shape[-1], 2))
+
+
+def layer_statistics(
+    path: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    tasks: tuple[str, ...] = (),
+    counts: RoutingCounts | None = None,
+) -> LayerStatistics:
+    """Read one adapter of one layer off its tensors.
+
+    Args:
+        path: The layer's place in the base model.
+        tensors: By the names that the file gives them after `rank_expert_`: "A" (r, d_in), "B" (d_out, r), and a
+            token router's "router.weight" and "router.balance_bias" or a task router's "router.task_embedding",
+            "router.gate_weight" and "router.gate_bias".
+        tasks: Names.
+        counts: From a recording.
+
+    Example:
+        >>> layer_statistics("proj", {"A": torch.ones(2, 4), "B": torch.zeros(3, 2)}).update_norm
+        tensor([0., 0.], dtype=torch.float64)
+    """
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    A, B = tensors["A"].double(), tensors["B"].double()
+    num_experts = len(A)
+    router, balance_bias, embedding, chosen_rank = "dense", None, None, None
+    if "router.weight" in tensors:
+        router, num_experts = "token", len(tensors["router.weight"])
+        balance_bias = tensors["router.balance_bias"].clone()
+    elif "router.gate_weight" in tensors:
+        router, embedding = "task", tensors["router.task_embedding"].clone()
+        weight, bias = tensors["router.gate_weight"], tensors["router.gate_bias"]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        logits = F.linear(embedding.to(dtype), weight.to(dtype), bias.to(dtype))
+        chosen_rank = 1 + logits.softmax(-1).argmax(-1)  # as TaskRouter, ties included
+    return LayerStatistics(
+        path=path,
+        router=router,
+        tasks=tasks,
+        sizes=(A.shape[0], A.shape[1], B.shape[0]),
+        num_experts=num_experts,
+        update_norm=A.norm(dim=1) * B.norm(dim=0),
+        balance_bias=balance_bias,
+        task_embedding=embedding,
+        chosen_rank=chosen_rank,
+        counts=counts,
+    )
