@@ -313,7 +313,7 @@ def read_fields(file: Path, config: bytes, saved_config: bytes | None = None) ->
     Raises:
         ValueError: Not JSON, another method's, a newer format, an unknown field, or an edited one.
     """
-    values = _parse(file, config)
+    values = parse_json(file, config)
     if (found := values.get("peft_type")) != PEFT_TYPE:
         raise ValueError(
             f"{file} is of peft_type {found!r}: expected {PEFT_TYPE!r}. "
@@ -333,7 +333,7 @@ def read_fields(file: Path, config: bytes, saved_config: bytes | None = None) ->
         )
     parsed = _build(file, values)
     if saved_config is not None:
-        saved = _build(file, _parse(file, saved_config))
+        saved = _build(file, parse_json(file, saved_config))
         for name in sorted(known - _DESCRIPTIVE):
             if (found := getattr(parsed, name)) != (expected := getattr(saved, name)):
                 raise ValueError(
@@ -344,7 +344,12 @@ def read_fields(file: Path, config: bytes, saved_config: bytes | None = None) ->
     return values
 
 
-def _parse(file: Path, config: bytes) -> dict[str, Any]:
+def parse_json(file: Path, config: bytes) -> dict[str, Any]:
+    """Parse an object of config fields, of any method; `file` is for messages.
+
+    Raises:
+        ValueError: Not JSON, or not an object.
+    """
     try:
         values = json.loads(config)
     except (ValueError, RecursionError) as error:

@@ -120,12 +120,15 @@ def load_rank_experts(
     return model
 
 
-def read_adapter(model: nn.Module, folder: Path) -> tuple[RankExpertConfig, dict[str, Tensor]]:
+def read_adapter(
+    model: nn.Module, folder: Path, config: RankExpertConfig | None = None
+) -> tuple[RankExpertConfig, dict[str, Tensor]]:
     """Read an adapter and check all of it against a model, which is not changed.
 
     Args:
         model: The base model, with or without adapters already.
         folder: Where the adapter lies.
+        config: Use this in place of the config that lies there.
 
     Returns:
         The config, and name to tensor.
@@ -135,8 +138,10 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[RankExpertConfig, dict
         ValueError: See `load_rank_experts`.
         TypeError: The config targets modules that the library cannot adapt.
     """
-    config_bytes, saved_config, weights = read_pair(folder)
-    config = RankExpertConfig(**read_fields(folder / CONFIG_FILE, config_bytes, saved_config))
+    weights = None
+    if config is None:
+        config_bytes, saved_config, weights = read_pair(folder)
+        config = RankExpertConfig(**read_fields(folder / CONFIG_FILE, config_bytes, saved_config))
     targets = find_targets(model, config)
     expected = expected_tensors(model, config, targets)
     optional = optional_tensors(model, config, targets)

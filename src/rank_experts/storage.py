@@ -77,7 +77,7 @@ def read_pair(folder: Path, header_only: bool = False) -> AdapterBytes:
         ValueError: A file is not a regular one, lies outside of the folder, is too large for a config, or is damaged.
     """
     for _ in range(100):
-        config = _read_config(folder)
+        config = read_config_bytes(folder)
         weights = read_weights(folder, header_only) if os.path.lexists(folder / WEIGHTS_FILE) else None
         metadata = _metadata(weights) if weights is not None else {}
         saved = metadata.get(_CONFIG, "").encode(errors="replace")
@@ -85,13 +85,19 @@ def read_pair(folder: Path, header_only: bool = False) -> AdapterBytes:
             return AdapterBytes(config, None, weights)
         if _sha256(config) == metadata.get(_REPLACED):
             return AdapterBytes(saved, None, weights)
-        if _read_config(folder) == config:
+        if read_config_bytes(folder) == config:
             return AdapterBytes(config, saved, weights)
         # Another process saved between the two reads.
     raise ValueError(f"{folder} is being written without pause: {CONFIG_FILE} changed at each of 100 readings.")
 
 
-def _read_config(folder: Path) -> bytes:
+def read_config_bytes(folder: Path) -> bytes:
+    """Read an `adapter_config.json` as it lies there, of any method.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not a regular file, lies outside of the folder, or is too large for a config.
+    """
     if not folder.is_dir() or not os.path.lexists(folder / CONFIG_FILE):
         what = f"holds no {CONFIG_FILE}" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(
@@ -276,7 +282,7 @@ def _replace_both(folder: Path, weights: list[Any], config: list[bytes]) -> None
 
 def _digest_of_old_config(folder: Path) -> str:
     try:
-        return _sha256(_read_config(folder))
+        return _sha256(read_config_bytes(folder))
     except (FileNotFoundError, ValueError):
         return ""
 
