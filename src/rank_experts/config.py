@@ -8,11 +8,18 @@ matches, whether top_k fits a layer whose rank a pattern changes) is checked at 
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftType
+
+from .storage import read_pair
 
 FORMAT_VERSION = 1
 """The version of the files on disk. A reader refuses a higher one."""
@@ -27,6 +34,17 @@ _CHOICES = {
     "rank_scaling": ("task", "rank", "none"),
     "pooling": ("mean", "first", "last"),
     "bias": ("none", "all", "rank_expert_only"),
+}
+
+# What a config says of itself; no adapter computes otherwise for it, so anyone may edit it on disk.
+_DESCRIPTIVE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
 }
 
 
@@ -123,9 +141,12 @@ class RankExpertConfig(PeftConfig):
         super().__post_init__()
         # A member of PEFT's enum, as of every PEFT config; `registration` has added it by now.
         self.peft_type = PeftType(PEFT_TYPE)
+        self._check_version()
         self._check_values()
         self._check_tasks()
         self._check_targets()
+        self._check_patterns()
+        self._check_description()
 
     @classmethod
     def smora(cls, r: int = 64, top_k: int = 8, alpha: float = 16, **kwargs: Any) -> RankExpertConfig:
@@ -155,36 +176,58 @@ class RankExpertConfig(PeftConfig):
         """Experts of a layer whose rank no pattern changes."""
         return self.r // self.expert_rank
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """Read the fields from an `adapter_config.json`; PEFT calls this too.
+
+        The weights beside the file, where there are any, tell whether it is the config that they were saved with:
+        where a save was cut off between the two files, the config that was being saved is returned.
+
+        Args:
+            path_json_file: The file.
+            **kwargs: Ignored, as PEFT does.
+
+        Returns:
+            Field to value, for `RankExpertConfig(**fields)`.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: Not JSON, another method's, a newer format, an unknown field, or a value that is not the one
+                that was saved within the weights.
+        """
+        file = Path(path_json_file)
+        config, saved_config, _ = read_pair(file.parent, header_only=True)
+        return read_fields(file, config, saved_config)
+
+    def _check_version(self) -> None:
+        version = self.format_version
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={version!r}: this version of rank-experts reads 1 to {FORMAT_VERSION}. "
+                "For a newer one, upgrade rank-experts."
+            )
+
     def _check_values(self) -> None:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 hint = nearest(str(value), choices)
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
         for name in ("r", "top_k", "expert_rank", "task_embedding_dim"):
-            value = getattr(self, name)
-            if name == "task_embedding_dim" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: expected a whole number, found {type(value).__name__}.")
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1.")
+            if name != "task_embedding_dim" or self.task_embedding_dim is not None:
+                _check_count(name, getattr(self, name))
         limits = {
-            "alpha": (0, float("inf")),
-            "dropout": (0, 1),
-            "balance_rate": (0, float("inf")),
-            "balance_coef": (0, float("inf")),
-            "contrastive_coef": (0, float("inf")),
-            "contrastive_temperature": (0, float("inf")),
+            "alpha": float("inf"),
+            "dropout": 1,
+            "balance_rate": float("inf"),
+            "balance_coef": float("inf"),
+            "contrastive_coef": float("inf"),
+            "contrastive_temperature": float("inf"),
         }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r}: expected a number, found {type(value).__name__}.")
-            if not low <= value < high:
-                raise ValueError(f"{name}={value}: expected a number from {low} up to, not including, {high}.")
+        for name, high in limits.items():
+            _check_number(name, getattr(self, name), high)
         if self.contrastive_temperature == 0:
             raise ValueError("contrastive_temperature=0: expected more than 0; the paper's value is 0.05.")
-        for name in ("biased_gates", "init_weights"):
+        for name in ("biased_gates", "init_weights", "inference_mode"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}={value!r}: expected True or False, found {type(value).__name__}.")
         if self.router == "token":
@@ -207,14 +250,22 @@ class RankExpertConfig(PeftConfig):
         for name in self.tasks:
             if not isinstance(name, str) or not name:
                 raise TypeError(f"tasks={self.tasks!r}: expected non-empty strings, found {name!r}.")
-        if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+        if twice := sorted(name for name, times in Counter(self.tasks).items() if times > 1):
             raise ValueError(f"tasks={self.tasks!r}: {', '.join(map(repr, twice))} stands there more than once.")
 
     def _check_targets(self) -> None:
-        # As LoraConfig: sets make membership tests cheap, and PEFT writes them as lists.
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            _check_names(name, getattr(self, name), a_name_alone=name != "modules_to_save")
         for name in ("target_modules", "exclude_modules"):
+            # As LoraConfig: sets make membership tests cheap, and PEFT writes them as lists.
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
+            elif isinstance(value, str):
+                _check_expression(name, value)
+        if (layers := self.layers_to_transform) is not None:
+            for layer in [layers] if isinstance(layers, int) else _as_list("layers_to_transform", layers):
+                if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                    raise TypeError(f"layers_to_transform={layers!r}: expected numbers of layers, found {layer!r}.")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -224,8 +275,131 @@ class RankExpertConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform=[...] beside it.")
+
+    def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
-            setattr(self, name, dict(getattr(self, name) or {}))
+            pattern = getattr(self, name)
+            if pattern is not None and not isinstance(pattern, dict):
+                raise TypeError(f"{name}={pattern!r}: expected a dict of module name to value.")
+            setattr(self, name, dict(pattern or {}))
+            for key, value in getattr(self, name).items():
+                if not isinstance(key, str) or not key:
+                    raise TypeError(f"{name}={pattern!r}: expected names of modules as keys, found {key!r}.")
+                _check_expression(name, key)
+                if name == "rank_pattern":
+                    _check_count(f"{name}[{key!r}]", value)
+                else:
+                    _check_number(f"{name}[{key!r}]", value, float("inf"))
+
+    def _check_description(self) -> None:
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, (str, os.PathLike)):
+                raise TypeError(f"{name}={value!r}: expected text, found {type(value).__name__}.")
+        mapping = self.auto_mapping
+        if mapping is not None and not (
+            isinstance(mapping, dict) and all(isinstance(text, str) for pair in mapping.items() for text in pair)
+        ):
+            raise TypeError(f"auto_mapping={mapping!r}: expected a dict of text to text.")
+
+
+def read_fields(file: Path, config: bytes, saved_config: bytes | None = None) -> dict[str, Any]:
+    """Parse an `adapter_config.json` and check what can be checked before its values are.
+
+    Args:
+        file: Where it came from, for messages.
+        config: Its bytes.
+        saved_config: What was saved with the weights, where that is not `config`.
+
+    Raises:
+        ValueError: Not JSON, another method's, a newer format, an unknown field, or an edited one.
+    """
+    values = parse_json(file, config)
+    if (found := values.get("peft_type")) != PEFT_TYPE:
+        raise ValueError(
+            f"{file} is of peft_type {found!r}: expected {PEFT_TYPE!r}. "
+            "Load other methods' adapters with peft.PeftModel.from_pretrained."
+        )
+    version = values.get("format_version", FORMAT_VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format_version {version!r}; this version of rank-experts reads up to {FORMAT_VERSION}. "
+            "Upgrade rank-experts."
+        )
+    known = {field.name for field in fields(RankExpertConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(
+            f"{file} has unknown fields {unknown}.{nearest(unknown[0], known)} "
+            "It may come from a newer rank-experts or peft; upgrade them."
+        )
+    parsed = _build(file, values)
+    if saved_config is not None:
+        saved = _build(file, parse_json(file, saved_config))
+        for name in sorted(known - _DESCRIPTIVE):
+            if (found := getattr(parsed, name)) != (expected := getattr(saved, name)):
+                raise ValueError(
+                    f"{file} says {name}={found!r}, the weights beside it were saved with {name}={expected!r}. Restore "
+                    "the file, or the weights that belong to it; to change a value, load the adapter, change it in "
+                    "model.peft_config and save it again."
+                )
+    return values
+
+
+def parse_json(file: Path, config: bytes) -> dict[str, Any]:
+    """Parse an object of config fields, of any method; `file` is for messages.
+
+    Raises:
+        ValueError: Not JSON, or not an object.
+    """
+    try:
+        values = json.loads(config)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}: expected an object of config fields.")
+    return values
+
+
+def _build(file: Path, values: dict[str, Any]) -> RankExpertConfig:
+    try:
+        return RankExpertConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: expected a whole number, found {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name}={value}: expected at least 1.")
+
+
+def _check_number(name: str, value: Any, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: expected a number, found {type(value).__name__}.")
+    # An integer may be larger than any float.
+    if not 0 <= value < high or (isinstance(value, int) and value.bit_length() > 1023):
+        raise ValueError(f"{name}={value}: expected a number from 0 up to, not including, {high}.")
+
+
+def _check_names(name: str, value: Any, a_name_alone: bool) -> None:
+    if value is None or (a_name_alone and isinstance(value, str) and value):
+        return
+    for item in _as_list(name, value):
+        if not isinstance(item, str) or not item:
+            raise TypeError(f"{name}={value!r}: expected names, found {item!r}.")
+
+
+def _as_list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple, set, frozenset, range)):
+        raise TypeError(f"{name}={value!r}: expected a list, found {type(value).__name__}.")
+    return list(value)
+
+
+def _check_expression(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name}: {value!r} is not a regular expression: {error}.") from None
 
 
 def check_experts(r: int, expert_rank: int, top_k: int, where: str) -> None:

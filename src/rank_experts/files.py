@@ -1,36 +1,35 @@
 """Saving and loading an adapter: PEFT's adapter_config.json and one safetensors file.
 
 Loading reads the config and the tensors' names, shapes and values first and compares them with what the model would
-need; only when all of it fits is the model touched. Saving writes beside the target and renames.
+need; only when all of it fits is the model touched. How the bytes come off and onto the disk is in `storage.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import tempfile
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
-from .config import FORMAT_VERSION, PEFT_TYPE, RankExpertConfig, nearest
+from .config import RankExpertConfig, nearest, read_fields
+from .layer import RankExpertLinear
 from .model import Target, find_targets, inject_rank_experts
+from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, is_finite, read_pair, read_weights, write_pair
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
 def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Save an adapter: `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads too.
+
+    The two files change in one step: a process that is killed, or a disk that is full, leaves the old adapter or the
+    new one, never a mixture. Processes that save to one folder wait for each other.
 
     Args:
         model: With the adapter, wrapped in a `PeftModel` or not.
@@ -38,7 +37,8 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
         adapter_name: Which adapter.
 
     Raises:
-        ValueError: The model has no such adapter.
+        ValueError: The model has no such adapter, or the adapter has values that are not finite.
+        OSError: The disk is full, or the folder cannot be written; what was there before is unchanged.
 
     Example:
         >>> save_rank_experts(model, "my-adapter")  # doctest: +SKIP
@@ -47,12 +47,13 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     tensors = {
         key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in _adapter_tensors(model, adapter_name)
     }
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    description = config_to_json(config)
-    metadata = {"format": "pt"}
-    _replace(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata=metadata))
-    _replace(folder / CONFIG_FILE, lambda file: Path(file).write_text(description, encoding="utf-8"))
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{name} of adapter {adapter_name!r} has values that are not finite: the training diverged. Nothing is "
+                f"written to {path}; go back to an earlier checkpoint."
+            )
+    write_pair(Path(path), config_to_json(config), tensors)
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
@@ -78,26 +79,6 @@ def adapter_config(model: nn.Module, adapter_name: str) -> RankExpertConfig:
             f"{nearest(adapter_name, known)}"
         )
     return config
-
-
-def _replace(target: Path, write: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load_rank_experts(
@@ -129,12 +110,8 @@ def load_rank_experts(
         >>> model = load_rank_experts(model, "my-adapter")  # doctest: +SKIP
     """
     folder = Path(path)
-    config = read_config(folder)
+    config, tensors = read_adapter(model, folder)
     config.inference_mode = not is_trainable
-    targets = find_targets(model, config)
-    tensors = read_tensors(
-        folder, expected_tensors(model, config, targets), config, optional=optional_tensors(model, config, targets)
-    )
     inject_rank_experts(
         model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=False
     )
@@ -166,6 +143,35 @@ def _set_tensors(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
 
 
+def read_adapter(
+    model: nn.Module, folder: Path, config: RankExpertConfig | None = None
+) -> tuple[RankExpertConfig, dict[str, Tensor]]:
+    """Read an adapter and check all of it against a model, which is not changed.
+
+    Args:
+        model: The base model, with or without adapters already.
+        folder: Where the adapter lies.
+        config: Use this in place of the config that lies there.
+
+    Returns:
+        The config, and name to tensor.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: See `load_rank_experts`.
+        TypeError: The config targets modules that the library cannot adapt.
+    """
+    weights = None
+    if config is None:
+        config_bytes, saved_config, weights = read_pair(folder)
+        config = RankExpertConfig(**read_fields(folder / CONFIG_FILE, config_bytes, saved_config))
+    targets = find_targets(model, config)
+    expected = expected_tensors(model, config, targets)
+    optional = optional_tensors(model, config, targets)
+    weights = read_weights(folder) if weights is None else weights
+    return config, check_tensors(folder, weights, expected, config, optional, integer_tensors(model, config))
+
+
 def read_config(folder: Path) -> RankExpertConfig:
     """Read and validate an adapter's `adapter_config.json`.
 
@@ -176,39 +182,7 @@ def read_config(folder: Path) -> RankExpertConfig:
         FileNotFoundError: There is none.
         ValueError: Not JSON, another method's, a newer format, an unknown field, or a value out of range.
     """
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        what = "is not a folder" if not folder.is_dir() else f"holds no {CONFIG_FILE}"
-        raise FileNotFoundError(
-            f"{folder} {what}. Expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as save_rank_experts writes it."
-        )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}: expected an object of config fields.")
-    if (found := values.get("peft_type")) != PEFT_TYPE:
-        raise ValueError(
-            f"{file} is of peft_type {found!r}: expected {PEFT_TYPE!r}. "
-            "Load other methods' adapters with peft.PeftModel.from_pretrained."
-        )
-    version = values.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format_version {version!r}; this version of rank-experts reads up to {FORMAT_VERSION}. "
-            "Upgrade rank-experts."
-        )
-    known = {field.name for field in fields(RankExpertConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(
-            f"{file} has unknown fields {unknown}.{nearest(unknown[0], known)} "
-            "It may come from a newer rank-experts or peft; upgrade them."
-        )
-    try:
-        return RankExpertConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
+    return RankExpertConfig(**RankExpertConfig.from_json_file(folder / CONFIG_FILE))
 
 
 def expected_tensors(
@@ -242,23 +216,34 @@ def expected_tensors(
     return shapes
 
 
-def _saved_modules(model: nn.Module, config: RankExpertConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+def _modules_to_save(model: nn.Module, config: RankExpertConfig) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         if any(path == name or path.endswith(f".{name}") for name in config.modules_to_save or ()):
-            for key, tensor in module.state_dict().items():
-                shapes[f"{PREFIX}{path}.{key}"] = tuple(tensor.shape)
-    return shapes
+            # Another adapter may have wrapped it already.
+            original = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+            for key, tensor in original.state_dict().items():
+                yield f"{PREFIX}{path}.{key}", tensor
+
+
+def _saved_modules(model: nn.Module, config: RankExpertConfig) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in _modules_to_save(model, config)}
+
+
+def integer_tensors(model: nn.Module, config: RankExpertConfig) -> set[str]:
+    """Return which tensors of an adapter's file hold integers or truth values: buffers of modules_to_save."""
+    return {key for key, tensor in _modules_to_save(model, config) if not tensor.is_floating_point()}
 
 
 def _biases(model: nn.Module, config: RankExpertConfig, targets: dict[str, Target]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     if config.bias == "none":
         return shapes
+    adapted = {path for path, module in model.named_modules() if isinstance(module, RankExpertLinear)}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
+        path = path.removesuffix(".base_layer") if path.removesuffix(".base_layer") in adapted else path
         if leaf == "bias" and (config.bias == "all" or path in targets):
-            key = f"{path}.base_layer.bias" if path in targets else name
+            key = f"{path}.base_layer.bias" if path in targets or path in adapted else name
             shapes[PREFIX + key] = tuple(parameter.shape)
     return shapes
 
@@ -299,43 +284,54 @@ def read_tensors(
     config: RankExpertConfig,
     optional: dict[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Tensor]:
-    """Read an adapter's tensors after comparing the file's header with what is expected.
-
-    Args:
-        folder: Where `adapter_model.safetensors` lies.
-        expected: Name to shape.
-        config: The adapter's, for messages.
-        optional: Name to shape of what may be there too.
+    """Read an adapter's tensors and compare them with what is expected; see `check_tensors`.
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or does not hold what is expected.
+    """
+    return check_tensors(folder, read_weights(folder), expected, config, optional)
+
+
+def check_tensors(
+    folder: Path,
+    weights: bytes,
+    expected: dict[str, tuple[int, ...]],
+    config: RankExpertConfig,
+    optional: dict[str, tuple[int, ...]] | None = None,
+    integers: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Parse a safetensors file and compare it with what is expected.
+
+    Args:
+        folder: Where it lies, for messages.
+        weights: Its bytes; parsing them takes as much memory again, whatever the header claims.
+        expected: Name to shape.
+        config: The adapter's, for messages.
+        optional: Name to shape of what may be there too.
+        integers: Names of the tensors that are not floating-point.
+
+    Returns:
+        Name to tensor.
+
+    Raises:
         ValueError: It is damaged, or tensors are missing, unexpected, of another shape or dtype, or not finite.
     """
     file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}; save_rank_experts writes it beside {CONFIG_FILE}.")
     trained_on = f" The adapter was trained on {config.base_model_name_or_path!r}: is this that model?"
     hint = trained_on if config.base_model_name_or_path else " Is this the model that the adapter was trained on?"
     try:
-        with safe_open(file, framework="pt") as tensors:
-            found = set(tensors.keys())
-            if missing := sorted(expected.keys() - found):
-                raise ValueError(f"{file} lacks {_few(missing)}.{hint}")
-            expected = expected | {name: shape for name, shape in (optional or {}).items() if name in found}
-            if unexpected := sorted(found - expected.keys()):
-                raise ValueError(f"{file} holds unexpected tensors: {_few(unexpected)}.{hint}")
-            for name, shape in expected.items():
-                if (size := tuple(tensors.get_slice(name).get_shape())) != shape:
-                    raise ValueError(f"{file}: {name} has shape {size}, expected {shape}.{hint}")
-            loaded = {name: tensors.get_tensor(name) for name in expected}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}. Save the adapter again.") from None
-    for name, tensor in loaded.items():
-        if re.search(r"\.rank_expert_\w+", name) and not tensor.is_floating_point():
-            raise ValueError(f"{file}: {name} is {tensor.dtype}: expected a floating-point tensor.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{file}: {name} has values that are not finite. The training that wrote it diverged.")
-    return loaded
+        tensors = load(weights)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}. Save or download the adapter again.") from None
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{file} lacks {_few(missing)}.{hint}")
+    expected = expected | {name: shape for name, shape in (optional or {}).items() if name in tensors}
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{file} holds unexpected tensors: {_few(unexpected)}.{hint}")
+    for name, shape in expected.items():
+        check_tensor(f"{file}: {name}", tensors[name], shape, name not in integers, hint)
+    return tensors
 
 
 def _few(names: list[str]) -> str:

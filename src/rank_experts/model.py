@@ -17,7 +17,7 @@ from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .boundary import RoutedForward, install_model, uninstall
@@ -25,6 +25,7 @@ from .config import RankExpertConfig, check_experts, nearest
 from .context import Call, RoutingScope, Tasks, resolve_task_ids
 from .layer import AdapterSettings, RankExpertLinear, in_out_features
 from .routing import TaskRouter, TokenRouter
+from .storage import check_tensor, is_finite
 
 
 class Target(NamedTuple):
@@ -212,6 +213,25 @@ class RankExpertModel(BaseTuner):
             raise ValueError(f"Adapter {adapter_name!r} is merged into {merged[0]}: call unmerge_adapter() first.")
         super().delete_adapter(adapter_name)
         self.scope.tasks.pop(adapter_name, None)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: RankExpertConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # PEFT 0.21 and newer call this before they load anything; their own loading skips what is missing.
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        expected = tuners_utils._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        if missing := sorted(expected.keys() - remapped.keys()):
+            raise ValueError(f"The state dict for adapter {adapter_name!r} lacks {missing[0]} ({len(missing)} in all).")
+        if unknown := sorted(name for name in remapped.keys() - expected.keys() if f".{cls.prefix}" in name):
+            raise ValueError(f"Adapter {adapter_name!r} has no {unknown[0]} ({len(unknown)} such tensors were given).")
+        for name, tensor in remapped.items():
+            if name in expected:
+                check_tensor(f"the state dict's {name}", tensor, tuple(expected[name].shape))
+            elif not is_finite(tensor):
+                raise ValueError(f"The state dict's {name} has values that are not finite.")
+        return remapped
 
     def generate(self, *args: Any, task_ids: Tasks | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`, for `task_ids` (see `use_task`) where given."""

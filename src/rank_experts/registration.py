@@ -1,17 +1,20 @@
 """Makes PEFT know the method: the one place where this library reaches into PEFT.
 
-Done once, when `rank_experts` is imported. Three things, each harmless to other methods:
+Done once, when `rank_experts` is imported. Four things, each harmless to other methods:
 
 1. PEFT finds methods through the enum `PeftType`, which offers no way to add one; the member is added by hand. Where
    a later PEFT has a member of this name, that one is used.
 2. `register_peft_method`, PEFT's own function, enters config and tuner.
 3. `PeftModel`'s classes by task type take `task_ids` as a named argument and drop it for every method but Poly.
    A `PeftModel` that holds our tuner therefore gets a forward that hands `task_ids` on before that.
+4. `PeftModel.from_pretrained` and `load_adapter` change the model before they read the weights. For adapters of ours
+   the files are checked first.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from peft import PeftModel, PeftType
@@ -21,6 +24,7 @@ from peft.utils import register_peft_method
 from .boundary import install
 from .config import PEFT_TYPE, RankExpertConfig
 from .model import RankExpertModel
+from .peft_files import check_files
 
 
 def _add_enum_member() -> None:
@@ -50,6 +54,37 @@ def _pass_task_ids() -> None:
     PeftModel.__init__ = __init__
 
 
+def _check_files_first() -> None:
+    from_pretrained = inspect.getattr_static(PeftModel, "from_pretrained").__func__
+    load_adapter = PeftModel.load_adapter
+
+    @functools.wraps(from_pretrained)
+    def checked_from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
+        given = _arguments(from_pretrained, (cls, *args), kwargs)
+        if {"model", "model_id"} <= given.keys():
+            check_files(**given)
+        return from_pretrained(cls, *args, **kwargs)
+
+    @functools.wraps(load_adapter)
+    def checked_load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        given = _arguments(load_adapter, (self, *args), kwargs)
+        if "model_id" in given:
+            config = self.peft_config.get(given.get("adapter_name", ""))
+            own = {"model": self.get_base_model(), "config": config, "weights_alone": config is not None}
+            check_files(**given | own)
+        return load_adapter(self, *args, **kwargs)
+
+    PeftModel.from_pretrained = classmethod(checked_from_pretrained)
+    PeftModel.load_adapter = checked_load_adapter
+
+
+def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    # By name, those in **kwargs beside the others. What is missing, the function itself complains about.
+    given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    given = given | given.pop("kwargs", {})
+    return {name: value for name, value in given.items() if name not in ("cls", "self")}
+
+
 def register() -> None:
     """Register the method with PEFT; the second call does nothing."""
     if PEFT_TYPE in PEFT_TYPE_TO_TUNER_MAPPING:
@@ -62,3 +97,4 @@ def register() -> None:
         prefix=RankExpertModel.prefix,
     )
     _pass_task_ids()
+    _check_files_first()

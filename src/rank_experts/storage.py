@@ -1,0 +1,340 @@
+"""An adapter's two files as bytes: read as one pair, replaced as one pair, and nothing outside of their folder.
+
+Two files cannot be renamed in one step. The weights' rename is therefore the moment of a save: the safetensors
+metadata holds a copy of the config, a digest of the tensors, and the digest of the `adapter_config.json` that the save
+is about to replace. A reader that finds the config of that digest beside the weights knows that the save was cut off
+between the two renames, and takes the copy. Hence kill -9 at any moment leaves the old adapter or the new one.
+
+Exchanging whole folders (renameat2) would do without the copy, but moves the user's other files, needs the parent
+folder, and exists on Linux alone. Readers that know nothing of the metadata, PEFT's among them, skip it.
+
+The digests tell damage and mix-ups, not forgery: whoever can write the files can write the digests too.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ._warnings import warn_once
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+MAX_CONFIG_BYTES = 16 * 2**20
+"""A larger `adapter_config.json` is refused unread; a hundred thousand task names fit."""
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_CONFIG = "rank_experts_config"
+_DIGEST = "rank_experts_sha256"
+_REPLACED = "rank_experts_replaced_config_sha256"
+
+
+class AdapterBytes(NamedTuple):
+    """What an adapter's folder holds, unparsed.
+
+    Attributes:
+        config: The config's JSON that belongs to the weights.
+        saved_config: The copy that was saved within the weights, where it differs from `config`: someone edited
+            `adapter_config.json` since. None where it does not, or where another program wrote the weights.
+        weights: The safetensors file, or None where there is none.
+    """
+
+    config: bytes
+    saved_config: bytes | None
+    weights: bytes | None
+
+
+def read_pair(folder: Path, header_only: bool = False) -> AdapterBytes:
+    """Read an adapter's config and weights as one pair, also while another process saves.
+
+    Args:
+        folder: Where they lie.
+        header_only: Read the weights' header without the tensors.
+
+    Raises:
+        FileNotFoundError: There is no config.
+        ValueError: A file is not a regular one, lies outside of the folder, is too large for a config, or is damaged.
+    """
+    for _ in range(100):
+        config = read_config_bytes(folder)
+        weights = read_weights(folder, header_only) if os.path.lexists(folder / WEIGHTS_FILE) else None
+        metadata = _metadata(weights) if weights is not None else {}
+        saved = metadata.get(_CONFIG, "").encode(errors="replace")
+        if not saved or _sha256(config) == _sha256(saved):
+            return AdapterBytes(config, None, weights)
+        if _sha256(config) == metadata.get(_REPLACED):
+            return AdapterBytes(saved, None, weights)
+        if read_config_bytes(folder) == config:
+            return AdapterBytes(config, saved, weights)
+        # Another process saved between the two reads.
+    raise ValueError(f"{folder} is being written without pause: {CONFIG_FILE} changed at each of 100 readings.")
+
+
+def read_config_bytes(folder: Path) -> bytes:
+    """Read an `adapter_config.json` as it lies there, of any method.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not a regular file, lies outside of the folder, or is too large for a config.
+    """
+    if not folder.is_dir() or not os.path.lexists(folder / CONFIG_FILE):
+        what = f"holds no {CONFIG_FILE}" if folder.is_dir() else "is not a folder"
+        raise FileNotFoundError(
+            f"{folder} {what}. Expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as save_rank_experts writes it."
+        )
+    with _open_inside(folder, CONFIG_FILE) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"{folder / CONFIG_FILE} has {size} bytes: expected at most {MAX_CONFIG_BYTES}.")
+        return file.read()
+
+
+def read_weights(folder: Path, header_only: bool = False) -> bytes:
+    """Read an adapter's safetensors file, and check its digest where it carries one.
+
+    Args:
+        folder: Where it lies.
+        header_only: Read, and check, the header alone.
+
+    Raises:
+        FileNotFoundError: There is none; the message says so where there is a pickle instead.
+        ValueError: It is not a regular file, lies outside of the folder, or is damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    if not os.path.lexists(path):
+        pickle = (
+            f" {PICKLE_FILE} is a pickle, which can run code, and is not read."
+            if (folder / PICKLE_FILE).exists()
+            else ""
+        )
+        raise FileNotFoundError(
+            f"{folder} holds no {WEIGHTS_FILE}; save_rank_experts writes it beside {CONFIG_FILE}.{pickle}"
+        )
+    with _open_inside(folder, WEIGHTS_FILE) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        header_size = int.from_bytes(start, "little")
+        if len(start) < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
+            raise _damaged(path, f"its header claims {header_size} bytes, the file has {size}")
+        header = file.read(header_size)
+        entries = _entries(path, header)
+        if header_only:
+            return start + header
+        data = file.read()
+    metadata = entries.pop("__metadata__", {})
+    if _DIGEST in metadata and metadata[_DIGEST] != _tensor_digest(entries, data):
+        raise _damaged(path, "its tensors are not those that were saved")
+    return b"".join((start, header, data))
+
+
+def _entries(path: Path, header: bytes) -> dict[str, Any]:
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON ({error})") from None
+    metadata = entries.get("__metadata__", {}) if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its header is not an object with text as metadata")
+    return entries
+
+
+def _metadata(weights: bytes) -> dict[str, str]:
+    header_size = int.from_bytes(weights[:8], "little")
+    return json.loads(weights[8 : 8 + header_size]).get("__metadata__", {})
+
+
+def _tensor_digest(entries: dict[str, Any], data: bytes | memoryview) -> str:
+    # Names, dtypes, shapes and places too: two tensors that change places are damage as well.
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {why}. Save or download the adapter again.")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _open_inside(folder: Path, name: str) -> Any:
+    # Links may not lead out of the folder; the Hub's cache, where every file is a link to ../../blobs, is known.
+    path = folder / name
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    snapshots = [place for place in (root, *root.parents) if place.parent.name == "snapshots"]
+    allowed = [root, *(place.parent.parent / "blobs" for place in snapshots)]
+    if not any(place in target.parents for place in allowed):
+        raise ValueError(f"{path} is a link to {target}, outside of the folder. Put the file itself there.")
+    # Not blocking: opening a named pipe would wait for a writer.
+    handle = os.open(target, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path} is not a regular file. Expected the file that save_rank_experts wrote.")
+    return os.fdopen(handle, "rb")
+
+
+def check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...], floating: bool = True, hint: str = "") -> None:
+    """Check a tensor that is about to be loaded.
+
+    Args:
+        what: Names it in messages; ends in the tensor's name on disk or in the model.
+        tensor: What was found.
+        shape: What is expected.
+        floating: Whether floating-point numbers are expected, of 16 bits or more.
+        hint: What to do, for messages about the shape.
+
+    Raises:
+        ValueError: Another shape or dtype, or values that are not finite.
+
+    Example:
+        >>> check_tensor("A", torch.zeros(4, 8), (4, 8))
+    """
+    if (found := tuple(tensor.shape)) != shape:
+        raise ValueError(f"{what} has shape {found}, expected {shape}.{hint}")
+    if ".balance_bias" in what and tensor.dtype != torch.float32:
+        raise ValueError(f"{what} is {tensor.dtype}: expected torch.float32, its steps are too small for less.")
+    if (tensor.dtype in _FLOATING) != floating or tensor.is_complex():
+        expected = "a floating-point tensor of 16, 32 or 64 bits" if floating else "integers or truth values"
+        raise ValueError(f"{what} is {tensor.dtype}: expected {expected}.")
+    if not is_finite(tensor):
+        raise ValueError(f"{what} has values that are not finite. The training that wrote it diverged.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Say whether a tensor's values are finite; true where they cannot be seen from this process alone."""
+    if not tensor.is_floating_point() or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def write_pair(folder: Path, config: str, tensors: dict[str, Tensor]) -> None:
+    """Replace an adapter's config and weights in one step; where anything fails, the old ones stay.
+
+    Args:
+        folder: Made where it is missing. Processes that save to it at once wait for each other.
+        config: JSON for `adapter_config.json`.
+        tensors: Name to a contiguous tensor on the CPU.
+
+    Raises:
+        OSError: The disk is full, the folder cannot be written, …; the message says what was needed.
+    """
+    weights = memoryview(save(tensors))
+    header_size = int.from_bytes(weights[:8], "little")
+    entries, data = json.loads(bytes(weights[8 : 8 + header_size])), weights[8 + header_size :]
+    metadata = {"format": "pt", _CONFIG: config, _DIGEST: _tensor_digest(entries, data)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder) as alone:
+            if alone:
+                _remove_leftovers(folder)
+            metadata[_REPLACED] = _digest_of_old_config(folder)
+            header = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode()
+            header += b" " * (-len(header) % 8)
+            start = len(header).to_bytes(8, "little")
+            _replace_both(folder, [start, header, data], [config.encode()])
+    except OSError as error:
+        size = header_size + len(data)
+        raise OSError(error.errno, _why_not_saved(folder, error, size)) from error
+
+
+def _replace_both(folder: Path, weights: list[Any], config: list[bytes]) -> None:
+    if directories := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (folder / name).is_dir()]:
+        raise IsADirectoryError(errno.EISDIR, f"{directories[0]} is a folder there")
+    staged: list[Path] = []
+    try:
+        for name, parts in ((WEIGHTS_FILE, weights), (CONFIG_FILE, config)):
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            staged.append(Path(temporary))
+            with os.fdopen(handle, "wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+        for temporary_path, name in zip(staged, (WEIGHTS_FILE, CONFIG_FILE)):
+            os.replace(temporary_path, folder / name)
+            _sync(folder)  # In this order on the disk too, where the power fails.
+    except BaseException:
+        for path in staged:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _digest_of_old_config(folder: Path) -> str:
+    try:
+        return _sha256(read_config_bytes(folder))
+    except (FileNotFoundError, ValueError):
+        return ""
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    # A lock on the folder itself leaves no lock file behind; the kernel drops it when its process dies.
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        alone = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            alone = False
+            warn_once(
+                f"{folder} lies on a file system without locks ({error.strerror}): let one process at a time save "
+                "there. Two at once may leave a pair that loading refuses."
+            )
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    # Of saves that were killed: nobody else writes while the lock is held.
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _why_not_saved(folder: Path, error: OSError, size: int) -> str:
+    reason = error.strerror or str(error)
+    message = f"cannot save an adapter of {size:,} bytes to {folder}: {reason}. What was there before is unchanged."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and folder.is_dir():
+        message += f" {shutil.disk_usage(folder).free:,} bytes are free there; saving needs room beside the old files."
+    return message
