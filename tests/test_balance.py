@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from helpers import task_config, token_config
 from models import batch, bert, llama, t5
 from rank_experts import inject_rank_experts, update_router_bias
+from rank_experts.boundary import _UNUSED_LOSSES
 from rank_experts.model import adapted_layers
 from rank_experts.routing import expert_load
 from rank_experts.trainer import RankExpertCallback
@@ -171,13 +172,13 @@ def test_the_task_loss_alone_trains_gate_and_embeddings():
 def test_who_bypasses_the_loss_is_told_once():
     model = inject_rank_experts(llama(), token_config(load_balance="loss")).train()
     inputs = batch("llama", labels=False)
-    for _ in range(99):
+    for _ in range(_UNUSED_LOSSES - 1):
         model(**inputs)
     with pytest.warns(UserWarning, match=r"add outputs\.rank_expert_loss"):
         model(**inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(101):
+        for _ in range(_UNUSED_LOSSES + 1):
             out = model(**inputs)
             (out.logits.mean() + out.rank_expert_loss).backward()
 
