@@ -1,0 +1,3 @@
+"""The three adapters that the demo compares: attaching, counting, saving and loading them."""
+
+from __future__ import annotations
