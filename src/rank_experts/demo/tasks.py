@@ -6,6 +6,7 @@ and the held-out examples of the areas are equally many.
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import NamedTuple
 
@@ -56,8 +57,9 @@ def make_examples(docstrings: list[Docstring], size: int, seed: int) -> dict[str
     """
     if size < 1 or size % (2 * len(AREAS)):
         raise ValueError(f"size={size}: expected a multiple of {2 * len(AREAS)}, so that the classes are equally many.")
+    makers = (_word_order, _signature, _area, _next_sentence)
     examples = {}
-    for task, make in zip(TASKS, (_word_order, _signature, _area, _next_sentence)):
+    for task, make in zip(TASKS, makers, strict=True):
         rng = random.Random(f"{seed} {task}")
         examples[task] = make(docstrings, size, rng)
         rng.shuffle(examples[task])
@@ -83,7 +85,7 @@ def shuffle_words(sentence: str, rng: random.Random) -> str:
     while shuffled == words:
         places = rng.sample(range(len(words)), max(3, round(MOVED * len(words))))
         shuffled = list(words)
-        for place, source in zip(places, rng.sample(places, len(places))):
+        for place, source in zip(places, rng.sample(places, len(places)), strict=True):
             shuffled[place] = words[source]
     return " ".join(shuffled) + sentence[-1]
 
@@ -113,7 +115,7 @@ def _next_sentence(docstrings: list[Docstring], size: int, rng: random.Random) -
     neighbours = []
     for docstring in docstrings:
         run = docstring.sentences()
-        neighbours += [(docstring.module, *pair) for pair in zip(run, run[1:]) if all(map(_is_plain, pair))]
+        neighbours += [(docstring.module, *pair) for pair in itertools.pairwise(run) if all(map(_is_plain, pair))]
     chosen = _sample(neighbours, size, rng, "next sentence")
     examples = [Example("next sentence", first, second, 1, module) for module, first, second in chosen[::2]]
     for module, first, _ in chosen[1::2]:
