@@ -19,15 +19,13 @@ Features = dict[str, Any]  # of one example: token ids, label, task_ids (its tas
 
 def encode(examples: Mapping[str, list[Example]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Features]]:
     """Tokenise every task's examples, pairs as "[CLS] text [SEP] pair [SEP]", cut to `MAX_TOKENS`."""
-    encoded: dict[str, list[Features]] = {}
+    encoded = {}
     for task_id, task in enumerate(TASKS):
+        texts = [each.text if each.pair is None else (each.text, each.pair) for each in examples[task]]
+        tokens = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)
         encoded[task] = [
-            {
-                **tokenizer(each.text, each.pair, truncation=True, max_length=MAX_TOKENS),
-                "label": each.label,
-                "task_ids": task_id,
-            }
-            for each in examples[task]
+            {**{key: tokens[key][row] for key in tokens}, "label": each.label, "task_ids": task_id}
+            for row, each in enumerate(examples[task])
         ]
     return encoded
 

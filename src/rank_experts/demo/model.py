@@ -76,8 +76,9 @@ class MultiTaskModel(nn.Module):
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype, routed: bool = True) -> None:
         super().__init__()
+        width: int = encoder.config.hidden_size  # type: ignore[union-attr, assignment]
         self.encoder = encoder
-        self.heads = nn.ModuleList([nn.Linear(encoder.config.hidden_size, len(labels)) for labels in TASKS.values()])
+        self.heads = nn.ModuleList([nn.Linear(width, len(labels)) for labels in TASKS.values()])
         self.dtype = dtype
         self.routed = routed
 
@@ -100,10 +101,10 @@ class MultiTaskModel(nn.Module):
         with torch.autocast(attention_mask.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             outputs = self.encoder(attention_mask=attention_mask, **inputs, **routing)
         pooled = pool_examples(outputs.last_hidden_state.float(), attention_mask, "mean")
-        logits = pooled.new_full((len(pooled), max(head.out_features for head in self.heads)), -torch.inf)
-        for task_id, head in enumerate(self.heads):
+        logits = pooled.new_full((len(pooled), max(map(len, TASKS.values()))), -torch.inf)
+        for task_id, (head, labels_of_task) in enumerate(zip(self.heads, TASKS.values(), strict=True)):
             rows = (task_ids == task_id).nonzero().squeeze(-1)
-            logits[rows, : head.out_features] = head(pooled[rows])
+            logits[rows, : len(labels_of_task)] = head(pooled[rows])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits, labels)

@@ -64,6 +64,7 @@ def run_demo(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     dtype: str = "auto",
+    train_size: int = TRAIN_SIZE,
     held_out_size: int = HELD_OUT_SIZE,
 ) -> DemoResult:
     """Train LoRA, SMoRA and MoRE on the same data, print the table, reload in a new process, merge MoRE for a task.
@@ -75,6 +76,7 @@ def run_demo(
         batch_size: Examples a step, a multiple of the number of tasks.
         seed: Of the data's draw, the initial weights and the order of the batches.
         dtype: "bfloat16", "float32" or "auto": whichever this machine multiplies faster.
+        train_size: Examples a task to train on, a multiple of 16.
         held_out_size: Held-out examples a task, a multiple of 16.
 
     Raises:
@@ -84,7 +86,7 @@ def run_demo(
     model, output = model or packaged_model(), Path(output)
     compute_dtype = faster_dtype() if dtype == "auto" else getattr(torch, dtype)
     docstrings = mine_docstrings()
-    to_learn = make_examples([each for each in docstrings if not each.held_out], TRAIN_SIZE, seed)
+    to_learn = make_examples([each for each in docstrings if not each.held_out], train_size, seed)
     held_out = make_examples([each for each in docstrings if each.held_out], held_out_size, seed)
     print(f"{len(docstrings)} docstrings of the standard library of Python {sys.version.split()[0]}, for instance:")
     print(_first_examples(held_out))
@@ -96,8 +98,9 @@ def run_demo(
     rows = {}
     for name, method in adapters.methods().items():
         torch.manual_seed(seed)  # the same heads for every method
-        adapted = MultiTaskModel(load_encoder(model), compute_dtype, method.routed)
-        adapted.encoder = adapters.attach(adapted.encoder, method)
+        encoder = load_encoder(model)
+        adapted = MultiTaskModel(encoder, compute_dtype, method.routed)
+        adapted.encoder = adapters.attach(encoder, method)
         settings = TrainingSettings(method.learning_rate, steps, batch_size, seed)
         seconds = train(adapted, encoded, tokenizer, settings, name)
         logits = predict(adapted, encoded_held_out, tokenizer)
