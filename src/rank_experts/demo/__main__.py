@@ -1,0 +1,5 @@
+"""`python -m rank_experts.demo`."""
+
+from . import main
+
+raise SystemExit(main())

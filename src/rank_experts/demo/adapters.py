@@ -1,0 +1,85 @@
+"""The adapters that the demo compares: their settings, and how each is attached, counted, saved and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import RankExpertConfig
+from ..files import load_rank_experts, save_rank_experts
+from ..model import adapted_layers, inject_rank_experts
+from ..routing import TaskRouter, TokenRouter
+from .tasks import TASKS
+
+
+class Method(NamedTuple):
+    """An adapter's settings and the learning rate that suits it."""
+
+    config: PeftConfig
+    learning_rate: float
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is one of ours, which take `task_ids`."""
+        return isinstance(self.config, RankExpertConfig)
+
+
+def methods() -> dict[str, Method]:
+    """Return the demo's methods by name; new configs each time, because PEFT writes into them."""
+    return {
+        "LoRA": Method(LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), 1e-3),
+        "SMoRA": Method(RankExpertConfig.smora(r=64, top_k=8, alpha=16, target_modules="all-linear"), 1e-3),
+        "MoRE": Method(RankExpertConfig.more(tasks=list(TASKS), r=8, alpha=32, target_modules="all-linear"), 5e-4),
+    }
+
+
+def attach(encoder: PreTrainedModel, method: Method) -> nn.Module:
+    """Give an encoder a new adapter: ours in place, PEFT's LoRA in PEFT's wrapper."""
+    if isinstance(method.config, RankExpertConfig):
+        return inject_rank_experts(encoder, method.config)
+    return get_peft_model(encoder, method.config)
+
+
+def save(encoder: nn.Module, folder: Path) -> None:
+    """Save the adapter of an encoder."""
+    if isinstance(encoder, PeftModel):
+        encoder.save_pretrained(str(folder))
+    else:
+        save_rank_experts(encoder, folder)
+
+
+def load(encoder: PreTrainedModel, folder: Path, method: Method) -> nn.Module:
+    """Load an adapter that `save` wrote into a fresh encoder."""
+    if method.routed:
+        return load_rank_experts(encoder, folder)
+    return PeftModel.from_pretrained(encoder, folder)
+
+
+def trainable_parameters(encoder: nn.Module) -> int:
+    """Count the adapter's parameters."""
+    return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+
+
+@torch.no_grad()
+def active_parameters(encoder: nn.Module) -> int:
+    """Count the adapter parameters that a token's forward multiplies with, routers included, over all layers.
+
+    All of a LoRA's; of a token-routed layer the chosen ranks and the router; of a task-routed layer the task's first
+    r_t ranks, in the mean over the tasks (its gate is the same for every token of a task and is not counted).
+    """
+    if isinstance(encoder, PeftModel):
+        return trainable_parameters(encoder)
+    active = 0.0
+    for _, layer in adapted_layers(encoder):
+        a_rank = layer.in_features + layer.out_features
+        router = layer.rank_expert_router["default"]
+        if isinstance(router, TokenRouter):
+            active += router.top_k * router.expert_rank * a_rank + router.weight.numel()
+        elif isinstance(router, TaskRouter):
+            active += router(torch.arange(router.num_tasks)).indices.float().mean().item() * a_rank
+    return round(active)
