@@ -26,7 +26,6 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ._warnings import warn_once
 from .balance import update_router_bias
-from .boundary import RoutedForward
 from .config import RankExpertConfig, nearest
 from .files import restore_rank_experts, save_rank_experts
 from .heads import MultiTaskClassifier
@@ -136,9 +135,7 @@ class RankExpertTrainerMixin(_Base):
         self._auxiliary: list[Tensor] = []
         self._auxiliary_sum: Any = 0.0
         self._auxiliary_count = 0
-        for module in self.model.modules():
-            if isinstance(forward := module.__dict__.get("forward"), RoutedForward) and forward.role == "model":
-                module.register_forward_hook(self._keep_auxiliary)
+        self.model.register_forward_hook(self._keep_auxiliary)
 
     # Data
 

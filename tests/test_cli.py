@@ -1,0 +1,172 @@
+"""The command line, end to end on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForCausalLM, Trainer
+
+from rank_experts import load_rank_experts, merge_rank_experts
+from rank_experts.cli import main
+from rank_experts.heads import load_classifier
+from rank_experts.tasks import TaskSampler
+from recipes import write_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
+
+
+def inputs():
+    return {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+
+
+def test_train_evaluate_inspect_and_merge_a_classifier(recipe, capsys):
+    folder = recipe.parent
+    out = folder / "out"
+    assert main(["train", str(recipe)]) == 0
+    trained = capsys.readouterr().out
+    assert "mean" in trained
+    assert {"adapter_config.json", "heads.json", "tokenizer.json", "recipe.yaml"} <= set(os.listdir(out))
+
+    assert main(["evaluate", str(recipe), "--json", str(folder / "metrics.json")]) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert f"mean   {metrics['eval_mean']:.4f}" in trained
+
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "MoRE" in shown
+    assert "head first: no, yes" in shown
+    assert main(["inspect", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == ["first", "last"]
+
+    merged = folder / "merged"
+    assert main(["merge", str(out), str(merged), "--task", "last"]) == 0
+    base = load_rank_experts(AutoModel.from_pretrained(folder / "model"), out)
+    adapted = load_classifier(base, out).eval()
+    plain = load_classifier(AutoModel.from_pretrained(merged), merged).eval()
+    ids = torch.tensor([1])
+    torch.testing.assert_close(plain(**inputs(), task_ids=ids).logits, adapted(**inputs(), task_ids=ids).logits)
+    assert not torch.equal(plain(**inputs(), task_ids=ids).logits, adapted(**inputs(), task_ids=ids * 0).logits)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_train_and_evaluate_text(tmp_path, kind, capsys):
+    recipe = write_recipe(tmp_path, kind, "smora")
+    assert main(["train", str(recipe)]) == 0
+    first = capsys.readouterr().out
+    assert "exact_match" in first
+    assert main(["evaluate", str(recipe)]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("first", "last", "mean"))]
+    assert len(shown) == 3
+    assert all(line in first for line in shown)
+
+
+def test_export_a_lora(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, "causal")
+    assert main(["train", str(recipe)]) == 0
+    lora = tmp_path / "lora"
+    assert main(["export", str(tmp_path / "out"), str(lora), "--task", "first"]) == 0
+    exported = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), lora).eval()
+    model = load_rank_experts(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    merge_rank_experts(model.eval(), task="first")
+    torch.testing.assert_close(exported(**inputs()).logits, model(**inputs()).logits)
+
+
+def test_a_token_router_is_exported_with_calibration_and_not_merged(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, "causal", "smora")
+    assert main(["train", str(recipe)]) == 0
+    capsys.readouterr()
+    assert main(["merge", str(tmp_path / "out"), str(tmp_path / "merged")]) == 2
+    assert "routes by token" in capsys.readouterr().err
+    (tmp_path / "calibration.txt").write_text("w1 w2 w3 w4\n" * 40)
+    command = ["export", str(tmp_path / "out"), str(tmp_path / "lora")]
+    assert main([*command, "--calibration", str(tmp_path / "calibration.txt")]) == 0
+    assert (tmp_path / "lora" / "adapter_config.json").exists()
+
+
+def test_a_dry_run_shows_the_job_and_trains_nothing(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "train", None)
+    assert main(["train", str(recipe), "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "first: 16 to train on, 8 to validate on" in shown
+    assert "w5 w8 w11 w14 w17  →  no" in shown
+    sampler = TaskSampler([0] * 16 + [1] * 16, 4)
+    assert f"an epoch: {sampler.batches_per_epoch} steps of 4 examples: first 16, last 16" in shown
+    assert f"the job: {2 * sampler.batches_per_epoch} steps" in shown
+    assert not (recipe.parent / "out").exists()
+
+
+def test_the_dry_run_counts_what_training_trains(recipe, capsys):
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("adapter:"))
+    assert main(["train", str(recipe), "training.max_steps=1"]) == 0
+    capsys.readouterr()
+    main(["inspect", str(recipe.parent / "out"), "--json"])
+    assert f"{json.loads(capsys.readouterr().out)['parameters']:,} parameters to train" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapter.rr=4"], "override 'adapter.rr=4': adapter.rr: unknown key"),
+        (["tasks.first.text={sentense}"], "no column 'sentense'"),
+        (["model.name=./nowhere"], "model.name './nowhere' cannot be loaded"),
+        (["training.per_device_train_batch_size=0", "training.eval_strategy=sometimes"], "training: "),
+        (["--resume"], "holds no checkpoint to resume from"),
+    ],
+)
+def test_mistakes_end_with_a_message(recipe, arguments, message, capsys):
+    assert main(["train", str(recipe), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interrupt_and_resume(recipe, capsys):
+    options = ["training.max_steps=6", "training.lr_scheduler_type=constant"]
+    script = (
+        "import os, signal, sys; from transformers import TrainerCallback; from rank_experts import trainer, cli\n"
+        "class Press(TrainerCallback):\n"
+        "    def on_step_begin(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "own = trainer.RankExpertTrainer.__init__\n"
+        "def patched(self, *args, **kwargs):\n"
+        "    own(self, *args, **kwargs); self.add_callback(Press())\n"
+        "trainer.RankExpertTrainer.__init__ = patched\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "train", str(recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "Interrupted after step 3; saved. Go on with: rank-experts train" in done.stdout
+    assert main(["train", str(recipe), *options]) == 2
+    assert "Go on with --resume" in capsys.readouterr().err
+    assert main(["train", str(recipe), *options, "--resume"]) == 0
+    resumed = capsys.readouterr().out.splitlines()
+    other = [*options, f"training.output_dir={recipe.parent / 'other'}"]
+    assert main(["train", str(recipe), *other]) == 0
+    whole = capsys.readouterr().out.splitlines()
+    assert [line for line in resumed if line.startswith("mean")] == [line for line in whole if line.startswith("mean")]
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; from rank_experts.cli import main\n"
+        "before = set(sys.modules)\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = ('transformers.trainer', 'datasets', 'pydantic', 'sklearn')\n"
+        "print([m for m in heavy if m in set(sys.modules) - before])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(name in shown for name in ("train", "evaluate", "merge", "export", "inspect", "demo"))
+    assert shown.rstrip().endswith("[]")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

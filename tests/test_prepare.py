@@ -1,0 +1,132 @@
+"""A recipe's data: files, templates, labels, tokens, and what is refused before training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from rank_experts.prepare import prepare
+from rank_experts.recipe import read_recipe
+from recipes import write_recipe
+
+
+@pytest.fixture(scope="module", params=["classification", "causal", "seq2seq"])
+def made(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, write_recipe(folder, request.param)
+
+
+def prepared(file, *overrides):
+    recipe = read_recipe(file, overrides)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
+    return prepare(recipe, tokenizer, file.parent), tokenizer
+
+
+def classification(tmp_path):
+    return write_recipe(tmp_path)
+
+
+def test_every_kind_is_tokenised(made):
+    kind, file = made
+    data, tokenizer = prepared(file, "tasks.first.limit=5")
+    assert [len(task.train) for task in data.values()] == [5, 16]
+    example = data["first"].train[0]
+    words = json.loads((file.parent / "first" / "train.jsonl").read_text().splitlines()[0])
+    tokens = tokenizer.convert_ids_to_tokens
+    if kind == "classification":
+        assert tokens(example["input_ids"]) == words["sentence"].split()
+        assert example["labels"] == words["label"]
+        assert data["last"].head.labels == ["0", "1"]
+        assert data["first"].shown[0] == f"{words['sentence']}  →  {['no', 'yes'][words['label']]}"
+        return
+    answer = [["no", "yes"][words["label"]]]
+    if kind == "causal":
+        assert tokens(example["input_ids"]) == [*words["sentence"].split(), *answer, "[EOS]"]
+        assert example["labels"][:5] == [-100] * 5
+        assert tokens(example["labels"][5:]) == [*answer, "[EOS]"]
+    else:
+        assert tokens(example["input_ids"]) == words["sentence"].split()
+        assert tokens(example["labels"]) == answer
+    assert data["first"].shown[0] == f"{words['sentence']}  →  {answer[0]}"
+
+
+def test_a_long_prompt_is_cut_at_its_beginning(tmp_path):
+    data, tokenizer = prepared(write_recipe(tmp_path, "causal"), "model.max_length=4")
+    example = data["first"].train[0]
+    assert len(example["input_ids"]) == 4
+    assert tokenizer.convert_ids_to_tokens(example["labels"][2:])[1] == "[EOS]"
+    assert data["first"].cut == 1.0
+
+
+def test_splits_can_be_cut(tmp_path):
+    cut = ["tasks.first.train=train[:75%]", "tasks.first.validation=train[75%:]"]
+    data, _ = prepared(classification(tmp_path), *cut)
+    assert (len(data["first"].train), len(data["first"].validation)) == (12, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("tasks.first.text={sentense}", ValueError, r"'first': no column 'sentense'.*nearest is 'sentence'"),
+        ("tasks.first.label=lable", ValueError, r"'first': no column 'lable'.*nearest is 'label'"),
+        ("tasks.first.train=trian", FileNotFoundError, r"holds no file for 'trian'.*train.jsonl.*nearest"),
+        ("tasks.first.source=./nowhere", FileNotFoundError, r"'first': source .*nowhere is not there"),
+        ("tasks.last.train=last_tran.csv", FileNotFoundError, r"'last': .* no file for 'last_tran.csv'.*nearest"),
+        ("tasks.first.source=last_train.csv", ValueError, r"is a file. Name files under train"),
+        ("tasks.first.train=train[:0]", ValueError, r"'first': the split 'train\[:0\]' cannot be read: .*no data"),
+        ("tasks.first.label=sentence", ValueError, r"row 0: label 'w\d.*' is none of \['no', 'yes'\]"),
+    ],
+)
+def test_bad_data_is_refused(tmp_path, override, error, message):
+    with pytest.raises(error, match=message):
+        prepared(classification(tmp_path), override)
+
+
+def rewrite(file, change):
+    path = file.parent / "first" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        change(row)
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_tasks_without_labels_are_refused(tmp_path):
+    file = classification(tmp_path)
+    rewrite(file, lambda row: row.update(label=-1))
+    with pytest.raises(ValueError, match=r"'first': column 'label' of the training data holds no labels"):
+        prepared(file)
+    rewrite(file, lambda row: row.update(label=5))
+    with pytest.raises(ValueError, match=r"'first', row 0: label 5 is none of \['no', 'yes'\] \(0…1\)"):
+        prepared(file)
+
+
+def test_examples_of_which_nothing_is_left_are_refused(tmp_path):
+    file = classification(tmp_path)
+    rewrite(file, lambda row: row.update(sentence=""))
+    with pytest.raises(ValueError, match=r"'first', row 0: nothing but padding"):
+        prepared(file)
+    (tmp_path / "text").mkdir()
+    file = write_recipe(tmp_path / "text", "causal")
+    rewrite(file, lambda row: row.update(other=" "))
+    with pytest.raises(ValueError, match=r"'first', row 0: the target .* is empty"):
+        prepared(file, "tasks.first.target={other}")
+
+
+def test_clashing_labels_in_a_shared_head_are_refused(tmp_path):
+    shared = ["tasks.first.head=both", "tasks.last.head=both"]
+    with pytest.raises(ValueError, match="'first' and 'last' share the head 'both' and their labels clash"):
+        prepared(classification(tmp_path), *shared)
+    file = tmp_path / "recipe.yaml"
+    data, _ = prepared(file, *shared, "tasks.last.labels=[no, yes]")
+    assert data["first"].head == data["last"].head
+
+
+def test_regression_needs_numbers(tmp_path):
+    file = classification(tmp_path)
+    data, _ = prepared(file, "tasks.last.regression=true", "tasks.last.metric=pearson")
+    assert data["last"].head.labels is None
+    assert isinstance(data["last"].train[0]["labels"], float)
+    with pytest.raises(ValueError, match="regression needs numbers"):
+        prepared(file, "tasks.last.regression=true", "tasks.last.label=other")
