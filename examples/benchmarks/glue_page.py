@@ -1,0 +1,99 @@
+"""Make a page of the GLUE benchmark's records: means over seeds with standard deviations.
+
+python examples/benchmarks/glue_page.py docs/results/glue_small.json docs/results/glue_small.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from glue_data import SPLITS, TASKS
+from glue_methods import ABLATIONS, MAIN, METHODS, UPPER
+
+Record = dict[str, Any]
+
+
+def scores(records: list[Record], method: str, task: str) -> dict[int, float]:
+    """Return a task's score by seed, its first metric, in percent."""
+    metric = TASKS[task].metrics[0]
+    return {
+        r["seed"]: 100 * r["value"] for r in records if (r["method"], r["task"], r["metric"]) == (method, task, metric)
+    }
+
+
+def spread(values: list[float]) -> str:
+    """Write a mean, with the standard deviation over seeds where there are several."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def row(records: list[Record], method: str, tasks: list[str]) -> str:
+    by_task = [scores(records, method, task) for task in tasks]
+    # The mean over tasks is taken within a seed, so that its deviation is that of whole runs.
+    complete = set.intersection(*(set(found) for found in by_task))
+    means = [statistics.fmean(found[seed] for found in by_task) for seed in sorted(complete)]
+    own = [r for r in records if r["method"] == method]
+    active = statistics.fmean(r["active_parameters"] for r in own)
+    seconds = statistics.fmean({(r["seed"]): r["seconds"] for r in own}.values())
+    cells = [method, spread(means), *(spread(list(found.values())) for found in by_task)]
+    cells += [str(len(complete)), f"{own[0]['trainable_parameters'] / 1e6:.2f} M", f"{active / 1e6:.2f} M"]
+    return f"| {' | '.join([*cells, f'{seconds:.0f} s'])} |"
+
+
+def table(records: list[Record], methods: list[str], tasks: list[str]) -> list[str]:
+    header = ["method", "mean", *tasks, "seeds", "trained", "active", "a run"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    return lines + [row(records, method, tasks) for method in methods if any(r["method"] == method for r in records)]
+
+
+def page(records: list[Record], search: list[Record]) -> str:
+    """Return the page as Markdown."""
+    tasks = [task for task in TASKS if any(r["task"] == task for r in records)]
+    settings = sorted({(r["steps"], r["device"], r["dtype"]) for r in records})
+    metrics = ", ".join(f"{task} {TASKS[task].metrics[0]}" for task in tasks)
+    lines = ["# One adapter for several GLUE tasks", ""]
+    for steps, device, dtype in settings:
+        lines.append(f"{steps:,} steps a run, on {device}, {dtype}.")
+    lines += [
+        "",
+        f"Scores in percent, {metrics}; mean and standard deviation over seeds. 'Trained' and 'active' count the "
+        "adapter without the heads, which are the same for all; a LoRA per task counts all of its adapters as trained.",
+        "",
+        "Trained on, and reported on, where the small data folder is used: "
+        + "; ".join(f"{task}: {SPLITS[task][0][0]}, {SPLITS[task][1][0]}" for task in tasks)
+        + ". QNLI and SST-2 split their validation file by idx % 5. "
+        "These figures do not compare with the leaderboard's.",
+    ]
+    for title, group in (("Methods", MAIN | UPPER), ("Ablations", ABLATIONS)):
+        if any(r["method"] in group for r in records):
+            lines += ["", f"## {title}", "", *table(records, list(group), tasks)]
+    if search:
+        rates = sorted({found["learning_rate"] for found in search})
+        lines += ["", "## Learning rates", "", "Mean on examples held out of the training data, one seed.", ""]
+        lines += [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|" + "---|" * (len(rates) + 1)]
+        for method in METHODS:
+            found = {s["learning_rate"]: s["dev_mean"] for s in search if s["method"] == method}
+            if found:
+                cells = [f"{100 * found[rate]:.1f}" if rate in found else "–" for rate in rates]
+                lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("page", type=Path)
+    args = parser.parse_args(argv)
+    search_file = args.records.with_name(f"{args.records.stem}_search.json")
+    search = json.loads(search_file.read_text()) if search_file.exists() else []
+    args.page.write_text(page(json.loads(args.records.read_text()), search), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
