@@ -11,9 +11,11 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForCausalLM, Trainer
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainerCallback
 
 from rank_experts import load_rank_experts, merge_rank_experts
+from rank_experts.assemble import build_trainer
 from rank_experts.cli import main
 from rank_experts.heads import load_classifier
 from rank_experts.tasks import TaskSampler
@@ -130,31 +132,39 @@ def test_mistakes_end_with_a_message(recipe, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_interrupt_and_resume(recipe, capsys):
+class PressCtrlC(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupt_and_resume(recipe, capsys, monkeypatch):
     options = ["training.max_steps=6", "training.lr_scheduler_type=constant"]
-    script = (
-        "import os, signal, sys; from transformers import TrainerCallback; from rank_experts import trainer, cli\n"
-        "class Press(TrainerCallback):\n"
-        "    def on_step_begin(self, args, state, control, **kwargs):\n"
-        "        if state.global_step == 2: os.kill(os.getpid(), signal.SIGINT)\n"
-        "own = trainer.RankExpertTrainer.__init__\n"
-        "def patched(self, *args, **kwargs):\n"
-        "    own(self, *args, **kwargs); self.add_callback(Press())\n"
-        "trainer.RankExpertTrainer.__init__ = patched\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", script, "train", str(recipe), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 130, done.stderr
-    assert "Interrupted after step 3; saved. Go on with: rank-experts train" in done.stdout
+
+    def build(*args, **kwargs):
+        trainer = build_trainer(*args, **kwargs)
+        trainer.add_callback(PressCtrlC())
+        return trainer
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rank_experts.assemble.build_trainer", build)
+        assert main(["train", str(recipe), *options]) == 130
+    assert "Interrupted after step 3; saved. Go on with: rank-experts train" in capsys.readouterr().out
     assert main(["train", str(recipe), *options]) == 2
     assert "Go on with --resume" in capsys.readouterr().err
     assert main(["train", str(recipe), *options, "--resume"]) == 0
-    resumed = capsys.readouterr().out.splitlines()
-    other = [*options, f"training.output_dir={recipe.parent / 'other'}"]
-    assert main(["train", str(recipe), *other]) == 0
-    whole = capsys.readouterr().out.splitlines()
-    assert [line for line in resumed if line.startswith("mean")] == [line for line in whole if line.startswith("mean")]
+    other = recipe.parent / "other"
+    assert main(["train", str(recipe), *options, f"training.output_dir={other}"]) == 0
+    resumed, whole = (load_file(folder / "adapter_model.safetensors") for folder in (recipe.parent / "out", other))
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def test_arguments_that_are_no_overrides_are_refused(recipe, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(recipe), "--dry-run", "--resumee"])
+    with pytest.raises(SystemExit):
+        main(["inspect", str(recipe), "adapter.r=4"])
+    assert "unrecognized arguments: adapter.r=4" in capsys.readouterr().err
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

@@ -30,7 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["demo"]:
         # The demo has options of its own.
         return _demo(arguments[1:])
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes no more key=value once an option came between.
+    if any(text.startswith("-") or "=" not in text or "overrides" not in args for text in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
@@ -258,7 +264,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    from . import demo  # type: ignore[attr-defined]
+    from . import demo
 
     return demo.main(arguments) or 0
 
