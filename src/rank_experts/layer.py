@@ -176,7 +176,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             B,
             gate,
             scale=self.scale(adapter_name),
-            dropout=dropout if self.training and isinstance(dropout, nn.Dropout) else None,
+            dropout=dropout if isinstance(dropout, nn.Dropout) and dropout.training else None,
             output=result,
             want_routing=self._wants_routing(adapter_name),
         )

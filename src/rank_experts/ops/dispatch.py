@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from types import ModuleType
@@ -91,7 +92,7 @@ def rank_experts(
     if not isinstance(gate, TokenRouter):
         announce("fused PyTorch function")
         return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
-    kernels = _kernels(x, A, gate)
+    kernels = _kernels(x, A, gate, dtype)
     announce(f"fused function, gate in {'PyTorch' if kernels.__name__.endswith('.gate') else 'Triton'}")
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
     y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
@@ -179,5 +180,16 @@ def _may_overwrite(output: Tensor) -> bool:
     return not output._is_view() and not (output.is_leaf and output.requires_grad)
 
 
-def _kernels(x: Tensor, A: Tensor, gate: TokenRouter) -> ModuleType:
+def _kernels(x: Tensor, A: Tensor, gate: TokenRouter, dtype: torch.dtype) -> ModuleType:
+    if x.device.type == "cuda" and torch.float64 not in (x.dtype, gate.weight.dtype) and (found := triton_kernels()):
+        return found if found.supports(dtype, len(A)) else torch_gate
     return torch_gate
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """Import `ops.triton_kernels`; None where Triton is not installed. Nothing else of the library imports it."""
+    if importlib.util.find_spec("triton") is None:
+        announce("no Triton kernels, because Triton is not installed")
+        return None
+    return importlib.import_module(".triton_kernels", __package__)

@@ -73,7 +73,7 @@ def token_gated(
     inputs = (x, dropped, tensor, A, B, weight)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return TokenGated.apply(*inputs, balance_bias, spec, base, kernels)
-    y, indices, _ = _token_forward(*inputs, balance_bias, spec, base, kernels)
+    y, indices, _ = _token_forward(*inputs, balance_bias, spec, base, kernels, False)
     return y, indices
 
 
@@ -100,7 +100,7 @@ class TokenGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels):
         """Compute y and the chosen experts, and save x and `Chosen`."""
-        y, indices, chosen = _token_forward(x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels)
+        y, indices, chosen = _token_forward(x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels, True)
         _save(
             ctx, base, tensor, y, x, dropped, A, B, weight, balance_bias.clone() if spec.biased_gates else None, *chosen
         )
@@ -200,7 +200,8 @@ def _token_forward(
     spec: GateSpec,
     base: Base,
     kernels: Any,
-) -> tuple[Tensor, Tensor, Chosen]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     y = tensor if base.layer is None else base.layer(x)
     with _no_autocast(x):
         flat = x.reshape(-1, x.shape[-1])
@@ -212,6 +213,8 @@ def _token_forward(
             source = flat if dropped is None else dropped.reshape(flat.shape)
             projection = source.to(base.dtype) @ A.to(base.dtype).t()
             logits = flat.to(dtype) @ weight.to(dtype).t()
+        if not keep and len(flat) <= kernels.DECODE_TOKENS and base.in_place and y.is_contiguous():
+            return y, kernels.decode(y.view(-1, len(B)), logits, projection, balance_bias, B, spec), ()
         u, indices, chosen = kernels.forward(logits, projection, balance_bias, spec)
         return _add(y, u, B, base), indices, chosen
 

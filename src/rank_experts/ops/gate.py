@@ -18,6 +18,9 @@ from torch import Tensor
 # Below this many tokens one stable sort costs less than packing the keys.
 _FEW_TOKENS = 32
 
+# Here no separate path for decoding pays; `triton_kernels.py` has one.
+DECODE_TOKENS = 0
+
 
 class GateSpec(NamedTuple):
     """The token gate's constants.
@@ -108,7 +111,11 @@ def forward(logits: Tensor, projection: Tensor, balance_bias: Tensor, spec: Gate
     projections = projection.gather(1, ranks)
     gates = gate_weights(values, spec) * (spec.top_k * spec.scale)
     u = _spread(projections * _per_rank(gates, ranks).to(projection.dtype), ranks, num_ranks)
-    return u, indices, Chosen(_narrow(indices, logits.shape[1]), _compact(values, projection.dtype, spec), projections)
+    return (
+        u,
+        indices,
+        Chosen(_narrow(indices, logits.shape[1]), _compact(values, values_dtype(projection.dtype, spec)), projections),
+    )
 
 
 def backward(
@@ -150,18 +157,21 @@ def gate_weights(values: Tensor, spec: GateSpec) -> Tensor:
     return values / values.sum(-1, keepdim=True) if spec.divides else values.softmax(-1)
 
 
+def values_dtype(dtype: torch.dtype, spec: GateSpec) -> torch.dtype | None:
+    """Return what `Chosen.values` are saved in where the adapter computes in `dtype`; None: as they are.
+
+    Log-scores of an adapter that computes in 16 bits need no more than float16's 11: its gates have fewer or as many.
+    """
+    return torch.float16 if dtype.itemsize == 2 and spec.score_function == "sigmoid" and not spec.divides else None
+
+
 def _values(keys: Tensor, indices: Tensor, spec: GateSpec) -> Tensor:
     chosen = keys.gather(1, indices)
     return F.logsigmoid(chosen) if spec.score_function == "sigmoid" and not spec.divides else chosen
 
 
-def _compact(values: Tensor, dtype: torch.dtype, spec: GateSpec) -> Tensor:
-    # Where the adapter computes in 16 bits its gates have no more: float16 relative to the largest has 11 of them.
-    if spec.divides or dtype.itemsize >= 4:
-        return values
-    if spec.score_function == "softmax":
-        values = values - values.amax(-1, keepdim=True)
-    return values.clamp(min=-6e4).half()
+def _compact(values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return values if dtype is None else values.clamp(min=-6e4).to(dtype)
 
 
 def _slope(values: Tensor, weights: Tensor, indices: Tensor, balance_bias: Tensor | None, spec: GateSpec) -> Tensor:
