@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import FORMAT_VERSION, PEFT_TYPE, RankExpertConfig, nearest
 from .model import Target, find_targets, inject_rank_experts
@@ -30,6 +32,8 @@ _PREFIX = "base_model.model."
 
 def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Save an adapter: `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads too.
+
+    In a distributed run the first process writes. Under FSDP2 all processes must call, because each holds a part.
 
     Args:
         model: With the adapter, wrapped in a `PeftModel` or not.
@@ -46,13 +50,20 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     tensors = {}
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
         key = key if key.startswith(_PREFIX) else _PREFIX + key
-        tensors[key] = tensor.detach().to("cpu").contiguous().clone()
+        tensors[key] = _whole(tensor.detach()).to("cpu").contiguous().clone()
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     description = config_to_json(config)
     metadata = {"format": "pt"}
     _replace(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata=metadata))
     _replace(folder / CONFIG_FILE, lambda file: Path(file).write_text(description, encoding="utf-8"))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    # FSDP2 keeps a shard on each rank.
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def config_to_json(config: RankExpertConfig) -> str:
