@@ -11,11 +11,13 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import RankExpertConfig, nearest, read_fields
 from .layer import RankExpertLinear
@@ -30,6 +32,7 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
 
     The two files change in one step: a process that is killed, or a disk that is full, leaves the old adapter or the
     new one, never a mixture. Processes that save to one folder wait for each other.
+    In a distributed run the first process writes. Under FSDP2 all processes must call, because each holds a part.
 
     Args:
         model: With the adapter, wrapped in a `PeftModel` or not.
@@ -45,8 +48,11 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     """
     config = adapter_config(model, adapter_name)
     tensors = {
-        key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in _adapter_tensors(model, adapter_name)
+        key: _whole(tensor.detach()).to("cpu").contiguous().clone()
+        for key, tensor in _adapter_tensors(model, adapter_name)
     }
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise ValueError(
@@ -59,6 +65,11 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
         yield key if key.startswith(PREFIX) else PREFIX + key, tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    # FSDP2 keeps a shard on each rank.
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def config_to_json(config: RankExpertConfig) -> str:
