@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .config import RankExpertConfig, nearest, read_fields
-from .layer import RankExpertLinear
 from .model import Target, find_targets, inject_rank_experts
 from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, is_finite, read_pair, read_weights, write_pair
 
@@ -249,12 +248,10 @@ def _biases(model: nn.Module, config: RankExpertConfig, targets: dict[str, Targe
     shapes: dict[str, tuple[int, ...]] = {}
     if config.bias == "none":
         return shapes
-    adapted = {path for path, module in model.named_modules() if isinstance(module, RankExpertLinear)}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        path = path.removesuffix(".base_layer") if path.removesuffix(".base_layer") in adapted else path
         if leaf == "bias" and (config.bias == "all" or path in targets):
-            key = f"{path}.base_layer.bias" if path in targets or path in adapted else name
+            key = f"{path}.base_layer.bias" if path in targets else name
             shapes[PREFIX + key] = tuple(parameter.shape)
     return shapes
 
