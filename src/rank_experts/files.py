@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .card import CARD_FILE, may_write_card, model_card
 from .config import FORMAT_VERSION, PEFT_TYPE, RankExpertConfig, nearest
 from .model import Target, find_targets, inject_rank_experts
 
@@ -30,6 +31,8 @@ _PREFIX = "base_model.model."
 
 def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Save an adapter: `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads too.
+
+    A model card, README.md, comes with it, unless the folder has one that we did not write or that was edited.
 
     Args:
         model: With the adapter, wrapped in a `PeftModel` or not.
@@ -53,6 +56,9 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     metadata = {"format": "pt"}
     _replace(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata=metadata))
     _replace(folder / CONFIG_FILE, lambda file: Path(file).write_text(description, encoding="utf-8"))
+    if may_write_card(folder):
+        card = model_card(config, tensors).encode()
+        _replace(folder / CARD_FILE, lambda file: Path(file).write_bytes(card))
 
 
 def config_to_json(config: RankExpertConfig) -> str:
