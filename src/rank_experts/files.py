@@ -19,9 +19,19 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .card import CARD_FILE, may_write_card, model_card
 from .config import RankExpertConfig, nearest, read_fields
 from .model import Target, find_targets, inject_rank_experts
-from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, is_finite, read_pair, read_weights, write_pair
+from .storage import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_tensor,
+    is_finite,
+    read_pair,
+    read_weights,
+    replace_file,
+    write_pair,
+)
 
 PREFIX = "base_model.model."
 
@@ -32,6 +42,7 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     The two files change in one step: a process that is killed, or a disk that is full, leaves the old adapter or the
     new one, never a mixture. Processes that save to one folder wait for each other.
     In a distributed run the first process writes. Under FSDP2 all processes must call, because each holds a part.
+    A model card, README.md, comes with it, unless the folder has one that we did not write or that was edited.
 
     Args:
         model: With the adapter, wrapped in a `PeftModel` or not.
@@ -58,7 +69,10 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
                 f"{name} of adapter {adapter_name!r} has values that are not finite: the training diverged. Nothing is "
                 f"written to {path}; go back to an earlier checkpoint."
             )
-    write_pair(Path(path), config_to_json(config), tensors)
+    folder = Path(path)
+    write_pair(folder, config_to_json(config), tensors)
+    if may_write_card(folder):
+        replace_file(folder / CARD_FILE, model_card(config, tensors).encode())
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,6 @@ Both return a `RoutingReport`. The counting is in `recording.py`, the page in `r
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +23,11 @@ from .config import RankExpertConfig
 from .files import WEIGHTS_FILE, read_config, read_tensors
 from .findings import Finding, find
 from .recording import record_routing
-from .statistics import LayerStatistics, layer_statistics
+from .statistics import TENSOR_NAME, LayerStatistics, layers_of_tensors
 
 __all__ = ["RoutingReport", "inspect_adapter", "record_routing", "routing_report"]
 
 _METHODS = {"token": "SMoRA (token-routed ranks)", "task": "MoRE (task-routed ranks)", "dense": "LoRA (no router)"}
-_TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.rank_expert_(?P<name>A|B|router\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -291,57 +289,10 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file} is damaged: {error}. Save the adapter again.") from None
 
 
-def layers_of_tensors(tensors: Mapping[str, Tensor], config: RankExpertConfig) -> list[LayerStatistics]:
-    """Group an adapter's tensors by layer and read each layer's statistics off them.
-
-    Args:
-        tensors: By the file's names.
-        config: The adapter's.
-
-    Raises:
-        ValueError: A layer lacks a tensor, or its shapes do not fit together.
-    """
-    by_layer: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if match := _TENSOR.fullmatch(name):
-            by_layer.setdefault(match["path"], {})[match["name"]] = tensor
-    for path, found in by_layer.items():
-        _check_layer(path, {name: tuple(tensor.shape) for name, tensor in found.items()}, config)
-    tasks = tuple(config.tasks or ())
-    ordered = sorted(by_layer, key=_natural)
-    return [layer_statistics(path, by_layer[path], tasks=tasks) for path in ordered]
-
-
-def _check_layer(path: str, shapes: dict[str, tuple[int, ...]], config: RankExpertConfig) -> None:
-    r, d_in = shapes.get("A", (0, 0)) if len(shapes.get("A", ())) == 2 else (0, 0)
-    d_out = shapes.get("B", (0,))[0] if shapes.get("B") else 0
-    expected: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r)}
-    if config.router == "token":
-        num_experts = r // config.expert_rank
-        expected |= {"router.weight": (num_experts, d_in), "router.balance_bias": (num_experts,)}
-    elif config.router == "task":
-        width = config.task_embedding_dim or d_in
-        expected |= {
-            "router.task_embedding": (len(config.tasks or ()), width),
-            "router.gate_weight": (r, width),
-            "router.gate_bias": (r,),
-        }
-        if width != d_in:
-            expected["router.projection"] = (width, d_in)
-    if shapes != expected or not r:
-        raise ValueError(
-            f"The tensors of {path} do not fit together, or not the config: found {shapes}, expected {expected}."
-        )
-
-
-def _natural(path: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
-
-
 def _by_role(tensors: Mapping[str, Tensor]) -> str:
     roles = {"A and B": 0, "routers": 0, "other modules": 0}
     for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
+        match = TENSOR_NAME.fullmatch(name)
         role = "other modules" if match is None else "routers" if match["name"].startswith("router") else "A and B"
         roles[role] += tensor.numel()
     return f" ({', '.join(f'{role} {count:,}' for role, count in roles.items() if count)})"

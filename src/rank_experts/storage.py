@@ -266,17 +266,32 @@ def _replace_both(folder: Path, weights: list[Any], config: list[bytes]) -> None
         for name, parts in ((WEIGHTS_FILE, weights), (CONFIG_FILE, config)):
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
             staged.append(Path(temporary))
-            with os.fdopen(handle, "wb") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            _fill(handle, temporary, parts)
         for temporary_path, name in zip(staged, (WEIGHTS_FILE, CONFIG_FILE)):
             os.replace(temporary_path, folder / name)
             _sync(folder)  # In this order on the disk too, where the power fails.
     except BaseException:
         for path in staged:
             path.unlink(missing_ok=True)
+        raise
+
+
+def _fill(handle: int, path: str, parts: list[Any]) -> None:
+    with os.fdopen(handle, "wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(path, 0o666 & ~_umask())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace one file in one step: a reader sees the old content or the new."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        _fill(handle, temporary, [content])
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
