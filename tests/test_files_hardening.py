@@ -30,7 +30,7 @@ from models import batch, bert, llama
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, storage
 from rank_experts.model import adapted_layers
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
 SMALL = dict(target_modules=["q_proj", "v_proj"])
 
 
@@ -545,7 +545,7 @@ while kill < kills:
     if finished:
         break
 save_rank_experts(models[0], folder)
-assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS], os.listdir(folder)
+assert sorted(os.listdir(folder)) == [CARD, CONFIG, WEIGHTS], os.listdir(folder)
 print(kill, *found, mixed)
 """
 
@@ -596,7 +596,7 @@ while children:
         if done:
             assert os.WEXITSTATUS(status) == 7
             children.remove(pid)
-assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+assert sorted(os.listdir(folder)) == [CARD, CONFIG, WEIGHTS]
 metadata_config = metadata(folder)["rank_experts_config"]
 assert metadata_config == (folder / CONFIG).read_text()
 print(loads)

@@ -18,11 +18,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from helpers import TASKS, task_config, token_config
 from models import batch, bert, llama, t5
 from rank_experts import inject_rank_experts, merge_rank_experts, save_rank_experts, use_task
-from rank_experts.card import CARD_FILE, model_card
+from rank_experts.card import model_card
 from rank_experts.model import adapted_layers
 from rank_experts.report import inspect_adapter, record_routing, routing_report
 from rank_experts.report_charts import load_class, principal_plane
 from rank_experts.report_page import group_by_kind
+from rank_experts.storage import CARD_FILE
 
 IDS = torch.tensor([0, 2, 1, 0])
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from ._version import __version__
 from .config import RankExpertConfig
 from .statistics import LayerStatistics, layers_of_tensors
-
-CARD_FILE = "README.md"
+from .storage import CARD_FILE
 
 _MARKER = re.compile(r"\n<!-- Written by rank-experts, [^\n]*: ([0-9a-f]{16}) -->\n")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

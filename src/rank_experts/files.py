@@ -19,7 +19,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .card import CARD_FILE, may_write_card, model_card
+from .card import may_write_card, model_card
 from .config import RankExpertConfig, nearest, read_fields
 from .model import Target, find_targets, inject_rank_experts
 from .storage import (
@@ -29,7 +29,6 @@ from .storage import (
     is_finite,
     read_pair,
     read_weights,
-    replace_file,
     write_pair,
 )
 
@@ -70,9 +69,8 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
                 f"written to {path}; go back to an earlier checkpoint."
             )
     folder = Path(path)
-    write_pair(folder, config_to_json(config), tensors)
-    if may_write_card(folder):
-        replace_file(folder / CARD_FILE, model_card(config, tensors).encode())
+    card = model_card(config, tensors) if may_write_card(folder) else None
+    write_pair(folder, config_to_json(config), tensors, card)
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:

@@ -39,6 +39,7 @@ except ImportError:  # Windows
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
 
 MAX_CONFIG_BYTES = 16 * 2**20
 """A larger `adapter_config.json` is refused unread; a hundred thousand task names fit."""
@@ -228,13 +229,14 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def write_pair(folder: Path, config: str, tensors: dict[str, Tensor]) -> None:
+def write_pair(folder: Path, config: str, tensors: dict[str, Tensor], card: str | None = None) -> None:
     """Replace an adapter's config and weights in one step; where anything fails, the old ones stay.
 
     Args:
         folder: Made where it is missing. Processes that save to it at once wait for each other.
         config: JSON for `adapter_config.json`.
         tensors: Name to a contiguous tensor on the CPU.
+        card: Text for README.md, written after the two; None: leave it.
 
     Raises:
         OSError: The disk is full, the folder cannot be written, …; the message says what was needed.
@@ -253,6 +255,8 @@ def write_pair(folder: Path, config: str, tensors: dict[str, Tensor]) -> None:
             header += b" " * (-len(header) % 8)
             start = len(header).to_bytes(8, "little")
             _replace_both(folder, [start, header, data], [config.encode()])
+            if card is not None:
+                _replace_file(folder / CARD_FILE, card.encode())
     except OSError as error:
         size = header_size + len(data)
         raise OSError(error.errno, _why_not_saved(folder, error, size)) from error
@@ -284,8 +288,7 @@ def _fill(handle: int, path: str, parts: list[Any]) -> None:
     os.chmod(path, 0o666 & ~_umask())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace one file in one step: a reader sees the old content or the new."""
+def _replace_file(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         _fill(handle, temporary, [content])
@@ -326,7 +329,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 def _remove_leftovers(folder: Path) -> None:
     # Of saves that were killed: nobody else writes while the lock is held.
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
+    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
         for path in folder.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
 
