@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format clean
+.PHONY: help install demo test test-slow check format clean bench
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,14 @@ test: $(STAMP) ## run the tests
 
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+# glibc maps large tensors anew each time, which costs more than what is measured.
+BENCH := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=67108864 $(BIN)/python examples/benchmarks
+
+bench: $(STAMP) ## measure layers, training steps and decoding; results go to docs/results
+	$(BENCH)/layer.py
+	$(BENCH)/training_step.py
+	$(BENCH)/decode.py
 
 check: $(STAMP) ## format, lint, types, tests
 	$(BIN)/ruff format --check .

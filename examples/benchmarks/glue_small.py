@@ -23,13 +23,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import glue_data
 import torch
-from glue_data import TASKS, Examples
-from glue_methods import ABLATIONS, MAIN, METHODS, UPPER, Method, active_parameters, trainable_parameters
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warmup
 
+import glue_data
+from glue_data import TASKS, Examples
+from glue_methods import ABLATIONS, MAIN, METHODS, UPPER, Method, active_parameters, trainable_parameters
 from rank_experts import update_router_bias
 from rank_experts.heads import HeadSpec, MultiTaskClassifier
 from rank_experts.metrics import METRICS

@@ -12,6 +12,7 @@ for N / G tokens in turn.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -301,8 +302,10 @@ def _like(dy: Tensor, base: Base, needed: tuple[bool, ...]) -> Tensor | None:
     return dy if base.layer is None and needed[2] else None
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    # Entering torch.autocast costs as much as a product of a few tokens.
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _token_update(

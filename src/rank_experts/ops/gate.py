@@ -60,8 +60,8 @@ class Chosen(NamedTuple):
 def select(keys: Tensor, top_k: int) -> Tensor:
     """Return what `routing.select_experts` returns, faster.
 
-    float32 keys and the experts' numbers are packed into one int64, so that no two are equal and `torch.topk`, whose
-    order among equals is arbitrary, has no choice.
+    `torch.topk` orders equals arbitrarily, which does not matter where there are none. Else float32 keys and the
+    experts' numbers are packed into one int64, so that it has no choice.
 
     Args:
         keys: (N, E) float32 or float64.
@@ -77,6 +77,10 @@ def select(keys: Tensor, top_k: int) -> Tensor:
     if keys.dtype != torch.float32 or len(keys) <= _FEW_TOKENS:
         return torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :top_k]
     num_experts = keys.shape[-1]
+    if keys.device.type == "cpu":  # An accelerator would have to be waited for.
+        values, indices = keys.topk(min(top_k + 1, num_experts), dim=-1)
+        if bool((values[:, :-1] > values[:, 1:]).all()):
+            return indices[:, :top_k]
     # A NaN of either sign becomes the positive one, and −0 becomes 0, as a comparison of floats has it.
     bits = torch.where(keys.isnan(), torch.nan, keys + 0.0).view(torch.int32)
     # Two's complement orders negative floats backwards: flip all but their sign.

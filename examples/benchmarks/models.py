@@ -1,0 +1,63 @@
+"""The models that the step and decoding benchmarks adapt: random weights, the shapes of Llama and T5."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from rank_experts import RankExpertConfig, inject_rank_experts
+from rank_experts.model import adapted_layers
+from variants import TASKS, PublishedSMoRA, choose_ranks
+
+VARIANTS = ["base", "lora64", "lora8", "smora", "more8", "published"]
+
+
+def base_model(shape: str, hidden: int, layers: int, dtype: torch.dtype) -> nn.Module:
+    """A Llama-shaped ("llama") or T5-shaped ("t5") model, frozen."""
+    torch.manual_seed(0)
+    if shape == "llama":
+        config = LlamaConfig(
+            vocab_size=1024,
+            hidden_size=hidden,
+            intermediate_size=hidden * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            pad_token_id=0,
+        )
+        model: nn.Module = LlamaForCausalLM(config)
+    else:
+        model = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=1024,
+                d_model=hidden,
+                d_kv=64,
+                d_ff=hidden * 4,
+                num_layers=layers,
+                num_heads=hidden // 64,
+                decoder_start_token_id=0,
+                pad_token_id=0,
+                dropout_rate=0.0,
+            )
+        )
+    return model.to(dtype).requires_grad_(False)
+
+
+def adapt(model: nn.Module, variant: str) -> nn.Module:
+    """Put a variant's adapters on every linear layer; see `VARIANTS`."""
+    if variant == "base":
+        return model
+    if variant.startswith("lora"):
+        r = int(variant.removeprefix("lora"))
+        config = LoraConfig(r=r, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    common = dict(target_modules="all-linear", init_weights=False)
+    ours = RankExpertConfig.more(tasks=TASKS, **common) if variant == "more8" else RankExpertConfig.smora(**common)
+    inject_rank_experts(model, ours, autocast_adapter_dtype=False)
+    for path, layer in list(adapted_layers(model)):
+        if variant == "more8":
+            choose_ranks(layer.rank_expert_router["default"], [2, 5, 8])
+        elif variant == "published":
+            model.set_submodule(path, PublishedSMoRA(layer))
+    return model
