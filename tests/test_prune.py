@@ -18,6 +18,7 @@ from rank_experts import (
     use_task,
 )
 from rank_experts.model import adapted_layers
+from rank_experts.recording import record_routing
 
 SHAPES = ("llama", "t5", "bert")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -144,6 +145,14 @@ def test_a_share_of_the_load_from_given_counts():
     assert report.loss_before is None
 
 
+def test_a_recording_is_as_good_as_batches():
+    first, second = idle(routed("bert")), idle(routed("bert"))
+    with record_routing(first) as stats, torch.no_grad():
+        first(**batch("bert", 16))
+    assert prune_rank_experts(first, stats).layers == prune_rank_experts(second, [batch("bert", 16)]).layers
+    assert first.peft_config["default"].r < 8
+
+
 def test_never_fewer_than_top_k():
     model = routed("bert", target_modules=["query"], top_k=4)
     load = torch.tensor([0.0, 0, 9, 0, 0, 0, 0, 1])
@@ -198,9 +207,9 @@ def test_bad_input_prunes_nothing():
     cases = [
         ({}, ValueError, "routes by token.*Give batches"),
         ({"data": []}, ValueError, "no batch"),
-        ({"data": [padding]}, ValueError, "no token that is not padding"),
+        ({"data": [padding]}, ValueError, "saw no token that is not padding"),
         ({"data": iter([batch("bert")])}, TypeError, "read only once"),
-        ({"data": {"elsewhere": torch.ones(8)}}, ValueError, "has no load in data"),
+        ({"data": {"elsewhere": torch.ones(8)}}, ValueError, "has no load"),
         ({"data": {path: torch.ones(7) for path in load}}, ValueError, "expected 8 counts"),
         ({"data": {path: torch.zeros(8) for path in load}}, ValueError, "expected 8 counts"),
         ({"data": load, "keep": 1}, ValueError, r"keep=1: expected at least 2 \(top_k\)"),

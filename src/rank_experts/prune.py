@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,8 @@ from .files import PREFIX, adapter_config
 from .layer import RankExpertLinear
 from .model import adapted_layers
 from .passes import Batches, check_batches, run_batches
-from .routing import TaskRouter, TokenRouter, expert_load
+from .recording import RoutingStatistics, record_routing
+from .routing import TaskRouter, TokenRouter
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PruningReport:
 
 def prune_rank_experts(
     model: nn.Module,
-    data: Batches | Mapping[str, Tensor] | None = None,
+    data: Batches | RoutingStatistics | Mapping[str, Tensor] | None = None,
     keep: int | float | None = None,
     *,
     adapter_name: str = "default",
@@ -85,8 +85,8 @@ def prune_rank_experts(
 
     Args:
         model: With the adapter.
-        data: A `DataLoader` or a list of batches, or loads counted before: layer path to (E,). Where batches have
-            labels, the loss is measured before and after.
+        data: A `DataLoader` or a list of batches; or what `record_routing` counted, or layer path to loads (E,).
+            Where batches have labels, the loss is measured before and after.
         keep: How many experts (token gate) or ranks (task gate) every layer keeps, a whole number; or, for a token
             gate, the share of the load that they must carry, a number between 0 and 1. None: all that are used. A
             layer keeps at least top_k experts.
@@ -110,20 +110,18 @@ def prune_rank_experts(
     for path, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{path} is merged. Call unmerge_rank_experts(model) before pruning.")
-    batches = None if data is None or isinstance(data, Mapping) else data
+    batches = None if data is None or isinstance(data, (Mapping, RoutingStatistics)) else data
     if batches is not None:
         check_batches(batches, "data")
-    loads, loss_before = {}, None
+    loads: dict[str, Tensor] = {}
+    loss_before = None
     if config.router == "token":
         if data is None:
             raise ValueError(
                 f"Adapter {adapter_name!r} routes by token: which experts carry load shows on data. Give batches, or "
                 "loads (layer path to a count an expert)."
             )
-        if batches is None:
-            loads = {path: _given_load(path, layer, data, adapter_name) for path, layer in layers.items()}  # type: ignore[arg-type]
-        else:
-            loads, loss_before = _count(model, layers, batches, adapter_name, progress)
+        loads, loss_before = _count(model, layers, data, adapter_name, progress)
     elif batches is not None:
         loss_before = run_batches(model, batches, "Loss before pruning", progress)
     kept = {}
@@ -162,43 +160,38 @@ def _check_keep(config: RankExpertConfig, keep: int | float | None, adapter_name
         raise ValueError(f"keep={keep}: expected at least {least}{' (top_k)' if config.router == 'token' else ''}.")
 
 
-def _given_load(path: str, layer: RankExpertLinear, loads: Mapping[str, Tensor], adapter_name: str) -> Tensor:
+def _count(
+    model: nn.Module,
+    layers: dict[str, RankExpertLinear],
+    data: Batches | RoutingStatistics | Mapping[str, Tensor],
+    adapter_name: str,
+    progress: bool,
+) -> tuple[dict[str, Tensor], float | None]:
+    loss = None
+    if isinstance(data, Mapping):
+        known = dict(data)
+    else:
+        if not isinstance(data, RoutingStatistics):
+            with record_routing(model) as recorded:
+                loss = run_batches(model, data, "Counting load", progress)
+            data = recorded
+        known = {one.path: one.load for one in data.layers(adapter_name) if one.load is not None}
+    return {path: _load_of(path, layer, known, adapter_name) for path, layer in layers.items()}, loss
+
+
+def _load_of(path: str, layer: RankExpertLinear, loads: Mapping[str, Tensor], adapter_name: str) -> Tensor:
     router = layer._router(adapter_name)
     assert isinstance(router, TokenRouter)
-    load = loads.get(path, loads.get(path.removeprefix(PREFIX)))
+    load = loads.get(path, loads.get(layer.path))
     if load is None:
-        raise ValueError(f"{path} has no load in data, which knows {sorted(loads)[:3]}…; expected every adapted layer.")
+        raise ValueError(
+            f"{path} has no load: it saw no token that is not padding, or is not among the loads given "
+            f"({sorted(loads)[:3]}…)."
+        )
     load = torch.as_tensor(load).detach().double().cpu()
     if load.shape != (router.num_experts,) or not torch.isfinite(load).all() or load.min() < 0 or load.sum() == 0:
         raise ValueError(f"{path}: expected {router.num_experts} counts, one an expert, found {load.tolist()}.")
     return load
-
-
-def _count(
-    model: nn.Module, layers: dict[str, RankExpertLinear], batches: Batches, adapter_name: str, progress: bool
-) -> tuple[dict[str, Tensor], float | None]:
-    loads: dict[str, Tensor] = {}
-
-    def observe(path: str) -> Any:
-        def hook(layer: RankExpertLinear, args: tuple[Any, ...]) -> None:
-            router = layer._router(adapter_name)
-            assert isinstance(router, TokenRouter)
-            call = layer.scope.current()
-            mask = call.token_mask(args[0]) if call is not None else None
-            indices = router(args[0].reshape(-1, layer.in_features)).indices
-            load = expert_load(indices, router.num_experts, mask).double().cpu()
-            loads[path] = loads.get(path, 0) + load
-
-        return hook
-
-    with ExitStack() as stack:
-        for path, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(observe(path)).remove)
-        loss = run_batches(model, batches, "Counting load", progress)
-    for path in layers:
-        if path not in loads or loads[path].sum() == 0:
-            raise ValueError(f"{path} saw no token that is not padding: the data is empty.")
-    return loads, loss
 
 
 def _used_experts(load: Tensor, top_k: int, keep: int | float | None) -> Tensor:

@@ -1,0 +1,416 @@
+"""Serve a routed adapter over HTTP: OpenAI-style completions, the task as the model's name.
+
+    pip install "rank-experts[serve]"
+    python examples/serve.py --model Qwen/Qwen3-0.6B --adapter my-adapter
+    curl localhost:8000/v1/completions -H 'content-type: application/json' \
+         -d '{"model": "rte", "prompt": "…", "max_tokens": 16}'
+
+One process, one copy of the base model, one adapter for all tasks. Requests that arrive together are answered by one
+`generate`, whatever their tasks and sampling options: every row of the batch is routed for its own task. A token-routed
+or dense adapter is served under the adapter folder's name.
+
+Batches are static: a batch runs until its longest request is done, and requests that arrive meanwhile wait for the
+next. Under /health stand how many requests and batches there were, and how many batches mixed tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from rank_experts import load_rank_experts, use_task
+from rank_experts.config import nearest
+
+
+class CompletionRequest(BaseModel):
+    """The part of OpenAI's completion request that is served; any other field is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    prompt: str | list[str]
+    max_tokens: int = Field(16, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    stop: str | list[str] | None = None
+    user: str | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, a single one as a list."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def stops(self) -> list[str]:
+        """The strings that end a completion."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class RequestError(Exception):
+    """A request that cannot be served: an HTTP status and what to tell the client."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+@dataclass
+class Job:
+    """One prompt of one request, waiting for its completion."""
+
+    task: str
+    input_ids: list[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    stops: list[str]
+    result: asyncio.Future[Completion] = field(repr=False)
+
+
+@dataclass
+class Completion:
+    """What the model wrote for one prompt."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str
+
+
+class RowSampling(LogitsProcessor):
+    """Each row's own temperature and top_p; temperature 0 takes the likeliest token."""
+
+    def __init__(self, jobs: list[Job], device: torch.device) -> None:
+        self.temperature = torch.tensor([job.temperature for job in jobs], device=device)[:, None]
+        self.top_p = torch.tensor([job.top_p for job in jobs], device=device)[:, None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return (rows, vocabulary) scores to sample from."""
+        greedy = torch.full_like(scores, -torch.inf).scatter(1, scores.argmax(1, keepdim=True), 0.0)
+        scores = scores / self.temperature.clamp(min=1e-4)
+        ordered, order = scores.sort(dim=1, descending=True)
+        before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
+        dropped = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before >= self.top_p)
+        return torch.where(self.temperature == 0, greedy, scores.masked_fill(dropped, -torch.inf))
+
+
+class RowStopping(StoppingCriteria):
+    """Ends each row at its own max_tokens or stop strings."""
+
+    def __init__(self, jobs: list[Job], tokenizer: PreTrainedTokenizerBase, start: int) -> None:
+        self.jobs = jobs
+        self.tokenizer = tokenizer
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return (rows,) true where a row is done."""
+        new = input_ids[:, self.start :]
+        done = [new.shape[1] >= job.max_tokens for job in self.jobs]
+        for row, job in enumerate(self.jobs):
+            if job.stops and not done[row]:
+                text = self.tokenizer.decode(new[row], skip_special_tokens=True)
+                done[row] = any(stop in text for stop in job.stops)
+        return torch.tensor(done, device=input_ids.device)
+
+
+class Engine:
+    """The model and its tokenizer: turns a batch of jobs into completions, in one forward for all.
+
+    Args:
+        model: With an adapter loaded.
+        tokenizer: Its tokenizer.
+        name: What an adapter without tasks is served as.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.routes_by_task = model.peft_config["default"].router == "task"
+        self.names: list[str] = model.peft_config["default"].tasks if self.routes_by_task else [name]
+        self.requests = self.batches = self.mixed_batches = 0
+
+    def read(self, request: CompletionRequest, max_new_tokens: int, max_prompts: int) -> list[Job]:
+        """Check a request and return a job for each of its prompts.
+
+        Raises:
+            RequestError: An unknown model, no, too many or empty prompts, or too many tokens.
+        """
+        if request.model not in self.names:
+            hint = nearest(request.model, self.names)
+            raise RequestError(404, f"There is no model {request.model!r}; there are {self.names}.{hint}", "model")
+        if request.max_tokens > max_new_tokens:
+            raise RequestError(400, f"max_tokens={request.max_tokens}: at most {max_new_tokens} here.", "max_tokens")
+        if not 1 <= len(request.prompts) <= max_prompts:
+            raise RequestError(400, f"{len(request.prompts)} prompts: expected 1 to {max_prompts}.", "prompt")
+        jobs = []
+        for prompt in request.prompts:
+            ids = self.tokenizer(prompt)["input_ids"]
+            limit = getattr(self.model.config, "max_position_embeddings", None)
+            if not prompt or not ids:
+                raise RequestError(400, "The prompt is empty.", "prompt")
+            if limit is not None and len(ids) + request.max_tokens > limit:
+                raise RequestError(
+                    400,
+                    f"The prompt has {len(ids)} tokens and max_tokens is {request.max_tokens}: together more than the "
+                    f"model's {limit}.",
+                    "prompt",
+                )
+            future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+            jobs.append(
+                Job(request.model, ids, request.max_tokens, request.temperature, request.top_p, request.stops, future)
+            )
+        return jobs
+
+    @torch.inference_mode()
+    def complete(self, jobs: list[Job]) -> list[Completion]:
+        """Generate for all jobs at once, each routed for its own task."""
+        self.batches += 1
+        self.requests += len(jobs)
+        self.mixed_batches += len({job.task for job in jobs}) > 1
+        inputs = self.tokenizer.pad({"input_ids": [job.input_ids for job in jobs]}, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        tasks = [job.task for job in jobs]
+        with use_task(self.model, tasks) if self.routes_by_task else contextlib.nullcontext():
+            output = self.model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max(job.max_tokens for job in jobs),
+                pad_token_id=self.tokenizer.pad_token_id,
+                logits_processor=LogitsProcessorList([RowSampling(jobs, self.model.device)]),
+                stopping_criteria=StoppingCriteriaList([RowStopping(jobs, self.tokenizer, start)]),
+            )
+        return [self._cut(job, row) for job, row in zip(jobs, output[:, start:].tolist(), strict=True)]
+
+    def _cut(self, job: Job, tokens: list[int]) -> Completion:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        tokens = tokens[: job.max_tokens]
+        ended = next((number for number, token in enumerate(tokens) if token in ends), None)
+        reason = "length" if ended is None else "stop"
+        tokens = tokens[:ended]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        cuts = [text.index(stop) for stop in job.stops if stop in text]
+        if cuts:
+            # A stop string may end before the row did: what its batch padded after it does not count.
+            text, reason = text[: min(cuts)], "stop"
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Completion(text, len(tokens), reason)
+
+
+class Batcher:
+    """Gathers jobs that arrive close together and runs one batch at a time, beside the event loop.
+
+    Args:
+        engine: Runs the batches.
+        max_batch_size: Prompts in a batch.
+        max_wait: Seconds that the first prompt of a batch waits for others.
+        max_queue: Prompts that may wait; more are turned away.
+    """
+
+    def __init__(self, engine: Engine, max_batch_size: int, max_wait: float, max_queue: int) -> None:
+        self.engine = engine
+        self.max_batch_size = max_batch_size
+        self.max_wait = max_wait
+        self.max_queue = max_queue
+        self.queue: asyncio.Queue[Job] = asyncio.Queue()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Queue jobs, all of them or none.
+
+        Raises:
+            RequestError: The queue is full.
+        """
+        if self.queue.qsize() + len(jobs) > self.max_queue:
+            raise RequestError(503, f"The queue is full ({self.max_queue} prompts wait). Try again in a moment.")
+        for job in jobs:
+            self.queue.put_nowait(job)
+
+    async def run(self) -> None:
+        """Serve until cancelled; a batch that fails answers its own requests with the error, and no others."""
+        while True:
+            jobs = await self._gather()
+            try:
+                completions = await asyncio.to_thread(self.engine.complete, jobs)
+            except Exception as error:
+                for job in jobs:
+                    if not job.result.done():
+                        job.result.set_exception(error)
+                continue
+            for job, completion in zip(jobs, completions, strict=True):
+                if not job.result.done():
+                    job.result.set_result(completion)
+
+    async def _gather(self) -> list[Job]:
+        jobs: list[Job] = []
+        deadline = None
+        while len(jobs) < self.max_batch_size:
+            try:
+                job = await self._next(deadline)
+            except asyncio.TimeoutError:
+                break
+            if job.result.cancelled():  # its client went away
+                continue
+            jobs.append(job)
+            deadline = deadline or time.monotonic() + self.max_wait
+        return jobs
+
+    async def _next(self, deadline: float | None) -> Job:
+        with contextlib.suppress(asyncio.QueueEmpty):
+            return self.queue.get_nowait()
+        return await asyncio.wait_for(self.queue.get(), deadline and max(0.0, deadline - time.monotonic()))
+
+
+def build_app(
+    engine: Engine,
+    *,
+    max_batch_size: int = 16,
+    max_wait: float = 0.01,
+    max_queue: int = 256,
+    max_new_tokens: int = 1024,
+) -> FastAPI:
+    """Return the service: POST /v1/completions, GET /v1/models, GET /health."""
+    batcher = Batcher(engine, max_batch_size, max_wait, max_queue)
+    started = int(time.time())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(batcher.run())
+        yield
+        worker.cancel()
+
+    app = FastAPI(title="rank-experts", lifespan=lifespan)
+
+    @app.post("/v1/completions")
+    async def completions(request: CompletionRequest) -> dict[str, Any]:
+        jobs = engine.read(request, max_new_tokens, max_batch_size)
+        batcher.submit(jobs)
+        try:
+            done = await asyncio.gather(*(job.result for job in jobs))
+        finally:
+            for job in jobs:
+                job.result.cancel()
+        prompt_tokens = sum(len(job.input_ids) for job in jobs)
+        completion_tokens = sum(one.num_tokens for one in done)
+        return {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
+            "choices": [
+                {"index": index, "text": one.text, "finish_reason": one.finish_reason, "logprobs": None}
+                for index, one in enumerate(done)
+            ],
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens,
+            },
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entries = [
+            {"id": name, "object": "model", "created": started, "owned_by": "rank-experts"} for name in engine.names
+        ]
+        return {"object": "list", "data": entries}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        counts = {"prompts": engine.requests, "batches": engine.batches, "mixed_batches": engine.mixed_batches}
+        return {"status": "ok", "waiting": batcher.queue.qsize(), **counts}
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        return _error(error.status, str(error), error.param)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = next((str(part) for part in first["loc"] if part != "body"), None)
+        return _error(400, f"{where}: {first['msg']}" if where else first["msg"], where)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return _error(500, f"{type(error).__name__}: the model could not answer. See the server's log.")
+
+    return app
+
+
+def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    headers = {"Retry-After": "1"} if status == 503 else None
+    content = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    return JSONResponse(content, status, headers=headers)
+
+
+def load_engine(model: str, adapter: str, dtype: str = "auto", device: str | None = None) -> Engine:
+    """Load base model, tokenizer and adapter."""
+    is_seq2seq = AutoConfig.from_pretrained(model).is_encoder_decoder
+    auto = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base = auto.from_pretrained(model, dtype=dtype).to(device)
+    load_rank_experts(base, adapter)
+    return Engine(base, AutoTokenizer.from_pretrained(model), Path(adapter).resolve().name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="the base model: a Hub id or a folder")
+    parser.add_argument("--adapter", required=True, help="a folder that save_rank_experts wrote")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--max-batch-size", type=int, default=16)
+    parser.add_argument("--max-wait-ms", type=float, default=10)
+    parser.add_argument("--max-queue", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    options = parser.parse_args()
+    engine = load_engine(options.model, options.adapter, options.dtype, options.device)
+    app = build_app(
+        engine,
+        max_batch_size=options.max_batch_size,
+        max_wait=options.max_wait_ms / 1000,
+        max_queue=options.max_queue,
+        max_new_tokens=options.max_new_tokens,
+    )
+    uvicorn.run(app, host=options.host, port=options.port)
+
+
+if __name__ == "__main__":
+    main()
