@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests import models
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import models
 from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.heads import HeadSpec, MultiTaskClassifier
 from rank_experts.metrics import METRICS, exact_match, find_metric
