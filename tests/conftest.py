@@ -18,6 +18,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        slow = pytest.mark.skip(reason="takes minutes; run with make test-slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(slow)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import models
 
+import models
 from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.heads import HeadSpec, MultiTaskClassifier, load_classifier, read_heads, regression_spec
 

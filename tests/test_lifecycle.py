@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tests import models
 
+import models
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, use_task
 from rank_experts.heads import HeadSpec, MultiTaskClassifier
 from rank_experts.lifecycle import add_task, identify_task

@@ -126,11 +126,12 @@ def test_batches_of_one_task(lengths):
     assert order != sorted(order, reverse=True)
 
 
-def test_length_buckets_save_padding_and_change_no_counts():
+@pytest.mark.parametrize("mixed", [True, False])
+def test_length_buckets_save_padding_and_change_no_counts(mixed):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 100, (400,), generator=generator)
-    plain = TaskSampler(ids(100, 300), batch_size=8)
-    bucketed = TaskSampler(ids(100, 300), batch_size=8, lengths=lengths)
+    plain = TaskSampler(ids(100, 300), batch_size=8, mixed=mixed)
+    bucketed = TaskSampler(ids(100, 300), batch_size=8, lengths=lengths, mixed=mixed)
 
     def padded(sampler):
         return int(lengths[torch.tensor(list(sampler)).view(-1, 8)].amax(1).sum())

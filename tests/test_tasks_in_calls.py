@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from helpers import TASKS, assert_same_gradients, gradients, task_config, token_config
-from models import batch, llama, t5
+from models import MODELS, batch, llama, t5
 from rank_experts import inject_rank_experts, use_task
 from rank_experts.model import adapted_layers
 
@@ -238,3 +238,16 @@ def test_a_block_checkpointed_by_hand_says_what_to_do(use_reentrant):
         out.sum().backward()
     with use_task(model, torch.tensor([0, 1])):
         model(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_forward_that_is_all_of_a_step_counts_its_whole_auxiliary_loss(name):
+    # Trainer's count leaves out the first label of causal models, which they shift, and of no others.
+    model = inject_rank_experts(MODELS[name](), task_config()).train()
+    inputs = batch(name) | {"task_ids": torch.tensor([0, 1, 2, 0])}
+    labels = inputs["labels"] if name == "t5" else inputs["labels"][:, 1:]
+    torch.manual_seed(1)  # T5 drops out.
+    alone = model(**inputs).rank_expert_loss
+    torch.manual_seed(1)
+    counted = model(**inputs, num_items_in_batch=(labels != -100).sum()).rank_expert_loss
+    torch.testing.assert_close(counted, alone)

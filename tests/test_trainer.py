@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests import models
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import models
 from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.heads import HeadSpec, MultiTaskClassifier
 from rank_experts.metrics import METRICS, exact_match, find_metric
@@ -348,3 +352,20 @@ def test_data_without_tasks_trains_as_ever(tmp_path):
     expected = state(plain.model)
     for name, value in state(run.model).items():
         torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.slow
+def test_two_ranks_share_an_epoch_and_resume_in_the_second(tmp_path):
+    script = Path(__file__).parent / "distributed_training.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    path = os.pathsep.join([str(script.parent), *sys.path])
+    subprocess.run([*command, str(tmp_path)], check=True, env=os.environ | {"PYTHONPATH": path})
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for epoch in (slice(0, 6), slice(6, 10)):
+        seen = [str(example) for rank in ranks for batch in rank["seen"][epoch] for example in batch]
+        assert len(seen) == len(set(seen))
+    assert len(ranks[0]["seen"]) == 10
+    for rank in ranks:
+        assert rank["resumed"] == rank["seen"][8:]
+        assert rank["same"]
+    assert ranks[0]["mean"] == ranks[1]["mean"]

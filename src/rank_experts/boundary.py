@@ -140,7 +140,8 @@ class RoutedForward:
         if not call.losses:
             return outputs
         labels = call.labels
-        auxiliary = _mean_over_layers(call.losses) * _share_of_step(labels, call.num_items)
+        shifted = not getattr(getattr(self.module, "config", None), "is_encoder_decoder", False)
+        auxiliary = _mean_over_layers(call.losses) * _share_of_step(labels, call.num_items, shifted)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._watch(auxiliary)
         if isinstance(outputs, tuple):
@@ -202,11 +203,12 @@ def _mean_over_layers(losses: list[tuple[str, Tensor]]) -> Tensor:
     return total
 
 
-def _share_of_step(labels: Any, num_items: Any) -> Any:
+def _share_of_step(labels: Any, num_items: Any, shifted: bool) -> Any:
     # Where Trainer divides by the labels of the whole step, several forwards add up: this one counts for its share.
+    # A causal model shifts its labels, so that the first one does not count; an encoder-decoder does not.
     if num_items is None or not isinstance(labels, Tensor) or labels.dim() < 2:
         return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items
+    return (labels[..., int(shifted) :] != -100).sum() / num_items
 
 
 def _with_task_ids(signature: inspect.Signature) -> inspect.Signature:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .context import check_task_ids
 from .model import routing_scopes
 from .routing import pool_examples
 
@@ -168,8 +169,7 @@ class MultiTaskClassifier(nn.Module):
             if len(self.specs) > 1:
                 raise ValueError(f"task_ids are missing: expected (batch,) ids of {self.tasks}.")
             task_ids = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)  # type: ignore[arg-type, union-attr]
-        if len(task_ids) and int(task_ids.max()) >= len(self.specs):
-            raise ValueError(f"task_ids contain {int(task_ids.max())}: expected 0…{len(self.specs) - 1}, {self.tasks}.")
+        check_task_ids(task_ids, len(self.specs), f"the heads of {self.tasks}")
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
@@ -188,22 +188,21 @@ class MultiTaskClassifier(nn.Module):
         return result
 
     def _apply_heads(self, pooled: Tensor, task_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        # Tasks that share a head go through it together; (B, width) logits and (B,) losses, in the batch's order.
+        # (B, width) logits and (B,) losses. Every head sees every row and a mask chooses: picking rows by index would
+        # make the host wait for the accelerator once a task, and a head is small.
         widest = max(spec.width for spec in self.specs.values())
         logits = pooled.new_full((len(pooled), widest), float("-inf"), dtype=torch.float32)
         losses = pooled.new_zeros(len(pooled), dtype=torch.float32)
-        for task_id, spec in enumerate(self.specs.values()):
-            rows = (task_ids == task_id).nonzero().flatten()
-            if len(rows) == 0:
-                continue
-            head = self.heads[_key(spec.head or self.tasks[task_id])]
+        for task_id, (task, spec) in enumerate(self.specs.items()):
+            own = task_ids == task_id
             with torch.autocast(pooled.device.type, enabled=False):
-                out = head(pooled[rows].float())
+                out = self.heads[_key(spec.head or task)](pooled.float())
                 if labels is not None:
-                    losses = losses.index_copy(0, rows, self._losses(out, labels[rows], spec))
+                    losses = torch.where(own, self._losses(out, labels.masked_fill(~own, 0), spec), losses)
             if spec.labels is None:
                 out = out * spec.scale + spec.offset
-            logits = logits.index_put((rows[:, None], torch.arange(spec.width, device=rows.device)), out)
+            out = F.pad(out, (0, widest - spec.width), value=float("-inf"))
+            logits = torch.where(own[:, None], out, logits)
         return logits, losses
 
     @staticmethod
