@@ -326,12 +326,11 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         for name in names:
             if name not in self.rank_expert_A:
                 continue
+            self._check_static(name)
             check_readable(self.get_base_layer(), self.path)
             if safe_merge:
                 self._merged_weight([name], safe_merge=True)
-            elif not isinstance(self._router(name), TaskRouter):
-                self._check_static(name)
-            else:
+            elif isinstance(self._router(name), TaskRouter):
                 self.merge_task_id(name)
             if name in self.merged_tasks and int(self.merge_task_id(name)) != self.merged_tasks[name]:
                 raise ValueError(
