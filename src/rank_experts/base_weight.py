@@ -87,8 +87,11 @@ def read_weight(layer: Any, path: str) -> Tensor:
         functional = sys.modules["bitsandbytes"].functional
         data, state = layer.weight.data, layer.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
-            # A forward on some CPUs reorders the weight; as it stands, dequantising it would give nonsense.
+            # A forward on some CPUs reorders the weight and its scales; as they stand, they give nonsense.
+            scales = state.absmax
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
+            if not state.nested:
+                state.absmax = scales.T.reshape(-1).float()  # the inverse leaves these as they are
         return functional.dequantize_4bit(data, state)
     return layer.weight.dequantize()
 
