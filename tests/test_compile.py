@@ -18,6 +18,7 @@ EVERY = pytest.mark.parametrize("gate", GATES)
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def compiled(model, **options):
