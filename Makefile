@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format clean bench
+.PHONY: help install demo test test-slow check format clean bench works-with compat
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,18 @@ bench: $(STAMP) ## measure layers, training steps and decoding; results go to do
 	$(BENCH)/training_step.py
 	$(BENCH)/decode.py
 
+works-with: $(STAMP) ## run the tests of trl, bitsandbytes, torchao and lm_eval, which `make test` skips
+	$(PIP) -e ".[dev,works-with]"
+	$(BIN)/python -m pytest tests/test_trainers.py tests/test_quantised.py tests/test_lm_eval.py
+
+# A second environment with the oldest supported peft and transformers; the first one has the newest.
+compat: $(STAMP) ## run the tests with the oldest and the newest supported peft and transformers
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c tests/constraints-oldest.txt torch
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c tests/constraints-oldest.txt -e ".[dev]"
+	$(VENV)-oldest/bin/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto
+
 check: $(STAMP) ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,4 +62,4 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) dist build site demo-output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest dist build site demo-output .pytest_cache .ruff_cache .mypy_cache

@@ -6,6 +6,7 @@ are looked for among the modules that are imported already: a model that is quan
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -78,11 +79,20 @@ def read_weight(layer: Any, path: str) -> Tensor:
     kind = quantisation(layer)
     if kind is None:
         return layer.weight.data
-    if kind.startswith("bitsandbytes"):
+    if kind == "bitsandbytes 8-bit":
         from peft.utils.integrations import dequantize_bnb_weight
 
-        state = layer.state if kind == "bitsandbytes 8-bit" else layer.weight.quant_state
-        return dequantize_bnb_weight(layer.weight, state=state)
+        return dequantize_bnb_weight(layer.weight, state=layer.state)
+    if kind == "bitsandbytes 4-bit":
+        functional = sys.modules["bitsandbytes"].functional
+        data, state = layer.weight.data, layer.weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            # A forward on some CPUs reorders the weight and its scales; as they stand, they give nonsense.
+            scales = state.absmax
+            data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
+            if not state.nested:
+                state.absmax = scales.T.reshape(-1).float()  # the inverse leaves these as they are
+        return functional.dequantize_4bit(data, state)
     return layer.weight.dequantize()
 
 

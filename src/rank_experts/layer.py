@@ -326,12 +326,11 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         for name in names:
             if name not in self.rank_expert_A:
                 continue
+            self._check_static(name)
             check_readable(self.get_base_layer(), self.path)
             if safe_merge:
                 self._merged_weight([name], safe_merge=True)
-            elif not isinstance(self._router(name), TaskRouter):
-                self._check_static(name)
-            else:
+            elif isinstance(self._router(name), TaskRouter):
                 self.merge_task_id(name)
             if name in self.merged_tasks and int(self.merge_task_id(name)) != self.merged_tasks[name]:
                 raise ValueError(
@@ -435,11 +434,27 @@ def in_out_features(module: nn.Module, path: str) -> tuple[int, int]:
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(module, nn.Linear) or (all(isinstance(size, int) for size in sizes) and _takes_one_input(module)):
         return sizes  # type: ignore[return-value]
+    if stacked := stacked_experts(module):
+        raise TypeError(
+            f"{path} is a {type(module).__name__}, a mixture of experts with the 3-D parameters {stacked}: "
+            "rank experts adapt linear layers, not single parameters. Leave it out of target_modules and adapt the "
+            "attention's projections, or use peft's LoraConfig(target_parameters=[...]) for the experts."
+        )
     raise TypeError(
         f"{path} is a {type(module).__name__}: rank experts adapt nn.Linear, transformers' Conv1D, and layers of other "
         "libraries that have in_features and out_features and are called with one input. Leave it out of "
         "target_modules, or put it into exclude_modules."
     )
+
+
+def stacked_experts(module: nn.Module) -> list[str]:
+    """Return the names of a module's own 3-D parameters: how transformers keeps a mixture's experts.
+
+    Example:
+        >>> stacked_experts(nn.Linear(2, 2))
+        []
+    """
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
 
 
 def _takes_one_input(module: nn.Module) -> bool:

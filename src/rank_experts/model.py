@@ -20,10 +20,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ._warnings import warn_once
 from .boundary import RoutedForward, install_model, uninstall
 from .config import RankExpertConfig, check_experts, nearest
 from .context import Call, RoutingScope, Tasks, resolve_task_ids
-from .layer import AdapterSettings, RankExpertLinear, in_out_features
+from .layer import AdapterSettings, RankExpertLinear, in_out_features, stacked_experts
 from .routing import TaskRouter, TokenRouter
 from .storage import check_tensor, is_finite
 
@@ -69,6 +70,8 @@ def find_targets(model: nn.Module, config: RankExpertConfig) -> dict[str, Target
     config = copy.deepcopy(config)
     if config.target_modules is None:
         config.target_modules = _default_targets(model)
+    if config.target_modules == "all-linear":
+        _warn_of_experts(model)
     config = tuners_utils._maybe_include_all_linear_layers(config, model)
     targets: dict[str, Target] = {}
     adapted: list[str] = []
@@ -83,6 +86,15 @@ def find_targets(model: nn.Module, config: RankExpertConfig) -> dict[str, Target
     if not targets:
         raise ValueError(_no_match_message(model, config))
     return targets
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    left_out = [path for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
+    if left_out := [path for path in left_out if stacked_experts(model.get_submodule(path))]:
+        warn_once(
+            f'target_modules="all-linear" leaves out the {len(left_out)} mixtures of experts of {type(model).__name__} '
+            f"({left_out[0]}, …): their weights are 3-D parameters, which rank experts do not adapt."
+        )
 
 
 def _default_targets(model: nn.Module) -> set[str]:

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
+from ._version import __version__
+from ._warnings import warn_once
 from .boundary import install
 from .config import PEFT_TYPE, RankExpertConfig
 from .model import RankExpertModel
@@ -85,8 +89,24 @@ def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return {name: value for name, value in given.items() if name not in ("cls", "self")}
 
 
+SUPPORTED = {"peft": ("0.19", "0.22"), "transformers": ("5.10", "5.24")}
+"""Package to the lowest version that the tests pass with, and the first one that they have not been run with."""
+
+
+def check_versions() -> None:
+    """Warn once where a package's version is outside what the tests have been run with."""
+    for package, (lowest, first_untested) in SUPPORTED.items():
+        found = version(package)
+        if not Version(lowest) <= Version(Version(found).base_version) < Version(first_untested):
+            warn_once(
+                f"rank-experts {__version__} is tested with {package} {lowest} up to, not including, {first_untested}; "
+                f"found {found}. It may work. If it does not, install {package}>={lowest},<{first_untested}."
+            )
+
+
 def register() -> None:
     """Register the method with PEFT; the second call does nothing."""
+    check_versions()
     if PEFT_TYPE in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     _add_enum_member()
