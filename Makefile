@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test fuzz check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ demo: $(STAMP) ## train LoRA, SMoRA and MoRE on four tasks, on the CPU, in minut
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n auto
+
+fuzz: $(STAMP) ## damage 10,000 adapters and try as many configs and tasks; writes docs/results/fuzz.json
+	RANK_EXPERTS_FUZZ=10000 RANK_EXPERTS_FUZZ_REPORT=docs/results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py
 
 check: $(STAMP) ## format, lint, types, tests
 	$(BIN)/ruff format --check .
