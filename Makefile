@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format clean bench works-with compat
+.PHONY: help install demo test test-slow check format clean bench works-with compat fuzz
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ compat: $(STAMP) ## run the tests with the oldest and the newest supported peft 
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c tests/constraints-oldest.txt -e ".[dev]"
 	$(VENV)-oldest/bin/python -m pytest -n auto
 	$(BIN)/python -m pytest -n auto
+
+fuzz: $(STAMP) ## damage 10,000 adapters and try as many configs and tasks; writes docs/results/fuzz.json
+	RANK_EXPERTS_FUZZ=10000 RANK_EXPERTS_FUZZ_REPORT=docs/results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py
 
 check: $(STAMP) ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -33,3 +33,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    # What is shown once a process may be shown in every test. Imported here, after the environment is set.
+    from rank_experts._warnings import warn_once
+
+    warn_once.cache_clear()

@@ -1,11 +1,18 @@
-"""Loss-free load balancing (arXiv 2408.15664): the bias that moves once per optimiser step."""
+"""Loss-free load balancing (arXiv 2408.15664): the bias that moves once per optimiser step, and what to look out for.
+
+Loads come from training forwards, without padding and without tokens that hold a NaN. Nothing here warns or logs;
+`trainer.RankExpertCallback` does.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .context import RoutingScope, Tasks
 from .model import adapted_layers, routing_scopes
 from .routing import TokenRouter
 
@@ -53,3 +60,83 @@ def update_router_bias(model: nn.Module) -> dict[tuple[str, str], Tensor]:
     for scope in routing_scopes(model):
         scope.silent_calls = 0
     return counts
+
+
+def count_idle(
+    idle: dict[tuple[str, str], Tensor], loads: dict[tuple[str, str], Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """Count for every expert the updates in a row in which no token chose it.
+
+    Args:
+        idle: (layer's path, adapter) to what this function returned before, (E,); empty at first.
+        loads: What `update_router_bias` returned. A layer without any load, of an empty step for instance, tells
+            nothing and keeps its counts.
+
+    Returns:
+        (layer's path, adapter) to (E,) int64.
+
+    Example:
+        >>> count_idle({("q", "default"): torch.tensor([0, 4])}, {("q", "default"): torch.tensor([8.0, 0.0])})
+        {('q', 'default'): tensor([0, 5])}
+    """
+    counts = dict(idle)
+    for key, load in loads.items():
+        before = idle.get(key, torch.zeros_like(load, dtype=torch.int64)).to(load.device)
+        after = torch.where(load > 0, 0, before + 1)
+        counts[key] = torch.where(load.sum() > 0, after, before)
+    return counts
+
+
+def dead_experts(idle: dict[tuple[str, str], Tensor], patience: int) -> dict[tuple[str, str], list[int]]:
+    """Return (layer's path, adapter) to the experts that had no load in at least `patience` updates in a row.
+
+    Args:
+        idle: From `count_idle`.
+        patience: Updates.
+
+    Example:
+        >>> dead_experts({("q", "default"): torch.tensor([0, 5])}, patience=5)
+        {('q', 'default'): [1]}
+    """
+    dead = {key: (counts >= patience).nonzero().flatten().tolist() for key, counts in idle.items()}
+    return {key: experts for key, experts in dead.items() if experts}
+
+
+def take_nan_examples(model: nn.Module) -> dict[str, int]:
+    """Count the training examples whose outputs held a NaN since the last call, by task.
+
+    A NaN in one example's input, or an overflow within the model, makes all of that example's outputs NaN, and no
+    other's. Looks back over the last 256 forwards, and waits for an accelerator.
+
+    Args:
+        model: With adapters.
+
+    Returns:
+        Task to number of examples: its name, "task 2" where only an id was given, or "unknown task".
+
+    Example:
+        >>> take_nan_examples(nn.Linear(2, 2))
+        {}
+    """
+    counts: Counter[str] = Counter()
+    for scope in routing_scopes(model):
+        suspects = list(scope.suspects)
+        scope.suspects.clear()
+        if not suspects or not bool(torch.stack([nan.any().cpu() for _, nan in suspects]).any()):
+            continue
+        for tasks, nan in suspects:
+            names = _names(scope, tasks, len(nan))
+            counts.update(names[i] for i in nan.nonzero().flatten().tolist())
+    return dict(counts)
+
+
+def _names(scope: RoutingScope, tasks: Tasks | None, size: int) -> list[str]:
+    if tasks is None:
+        known = {names[0] for names in scope.tasks.values() if len(names) == 1}
+        said = [known.pop() if len(known) == 1 and len(scope.tasks) == 1 else "unknown task"]
+    elif isinstance(tasks, Tensor):
+        known_names = next(iter(scope.tasks.values())) if len(scope.tasks) == 1 else ()
+        said = [known_names[i] if i < len(known_names) else f"task {i}" for i in tasks.tolist()]
+    else:
+        said = [tasks] if isinstance(tasks, str) else list(tasks)
+    return [name for name in said for _ in range(size // len(said))] if said else []

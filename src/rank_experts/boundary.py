@@ -78,6 +78,7 @@ class RoutedForward:
     def _leave(self, call: Call, outputs: Any) -> Any:
         if self.module.training:
             self._commit_loads(call)
+            self._note_nan(call, outputs)
             outputs = self._add_losses(call, outputs)
         return outputs
 
@@ -136,6 +137,18 @@ class RoutedForward:
                     "callbacks=[RankExpertCallback()] from rank_experts.trainer."
                 )
 
+    def _note_nan(self, call: Call, outputs: Any) -> None:
+        scores = _scores(outputs)
+        if scores is None or torch.compiler.is_compiling():
+            return
+        # A NaN in a token's state reaches each of its scores: the first tells. Infinities may be meant.
+        nan = scores.detach()[..., 0].isnan()
+        for mask in (call.mask, call.target_mask):
+            if mask is not None and mask.shape == nan.shape:
+                nan = nan & mask.bool()
+                break
+        self.scope.suspects.append((call.tasks, nan.flatten(1).any(1) if nan.dim() > 1 else nan))
+
     def _add_losses(self, call: Call, outputs: Any) -> Any:
         if not call.losses:
             return outputs
@@ -187,6 +200,16 @@ def _begin(scope: RoutingScope, outer: Call | None, task_ids: Tasks | None) -> C
             )
         call.tasks = task_ids
     return call
+
+
+def _scores(outputs: Any) -> Tensor | None:
+    # (B, …, features): logits, or the last hidden state of a model without a head.
+    values = outputs if isinstance(outputs, tuple) else (getattr(outputs, "logits", None), *_values(outputs))
+    return next((v for v in values if isinstance(v, Tensor) and v.dim() >= 2 and v.is_floating_point()), None)
+
+
+def _values(outputs: Any) -> tuple[Any, ...]:
+    return tuple(outputs.values()) if isinstance(outputs, dict) else (outputs,)
 
 
 def _matrix(mask: Any) -> Tensor | None:

@@ -13,6 +13,7 @@ outputs of it, so that their gradients are exact in both of torch's modes; what 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class RoutingScope:
         traced: The call while `torch.compile` traces a forward; it cannot see context variables.
         silent_calls: Training calls since the last `update_router_bias`.
         unused_losses: Auxiliary losses since the last that took part in a backward pass.
+        suspects: (tasks, (B,) whether an example's outputs hold a NaN) of the latest training calls, to be looked at
+            by `balance.take_nan_examples`. Looking at once would make an accelerator wait.
     """
 
     def __init__(self) -> None:
@@ -49,6 +52,7 @@ class RoutingScope:
         self.traced: Call | None = None
         self.silent_calls = 0
         self.unused_losses = 0
+        self.suspects: deque[tuple[Tasks | None, Tensor]] = deque(maxlen=256)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingScope:
         # A copied model is another model: its calls must not be taken for the original's.
@@ -240,6 +244,8 @@ def task_ids_of_layer(scope: RoutingScope, adapter: str, x: Tensor, path: str) -
             return current_task_ids(x, scope.key, adapter, path)
         raise ValueError(_no_task_message(scope, adapter, path))
     ids = call.task_ids(adapter, x.device)
+    if num_rows == 0:
+        return ids[:0]
     if len(ids) == 0 or num_rows % len(ids) or (x.dim() > 2 and x.shape[0] % len(ids)):
         raise ValueError(
             f"{path}: {len(ids)} task ids for an input of shape {tuple(x.shape)}. Expected one id for each example of "

@@ -194,6 +194,9 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         mask = call.token_mask(x) if call is not None else None
         if settings.load_balance == "bias":
             assert adapted.indices is not None
+            # A NaN in a token makes all of its output NaN, and its choice of experts means nothing.
+            valid = ~adapted.y.detach().reshape(-1, self.out_features)[:, 0].isnan()
+            mask = valid if mask is None else mask & valid
             self._report_load(expert_load(adapted.indices, router.num_experts, mask), adapter_name, call)
         elif call is not None:
             assert adapted.routing is not None
@@ -203,12 +206,13 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         # Gates, a row for each task id, and how many ranks the ids' tasks use at most.
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
-        if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None:
+        if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
             mask = call.token_mask(x)
             examples = x.reshape(len(ids), -1, self.in_features)
             mask = None if mask is None else mask.view(examples.shape[:2])
             pooled = pool_examples(examples, mask, settings.pooling)
-            loss = router.contrast(pooled, ids, settings.contrastive_temperature)
+            present = None if mask is None else mask.any(1)
+            loss = router.contrast(pooled, ids, settings.contrastive_temperature, present)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
         routing: Routing = router(ids)
         self._observe(routing, x, adapter_name)

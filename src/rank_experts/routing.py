@@ -137,7 +137,7 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     load = expert_load(routing.indices, num_experts, mask).to(probabilities.dtype)
     share = load / load.sum().clamp(min=1)
     if mask is None:
-        mean = probabilities.mean(0)
+        mean = probabilities.sum(0) / max(len(probabilities), 1)
     else:
         weight = mask.to(probabilities.dtype)
         mean = (probabilities * weight[:, None]).sum(0) / weight.sum().clamp(min=1)
@@ -168,7 +168,9 @@ def pool_examples(x: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     return picked * weight.amax(1, keepdim=True)
 
 
-def contrastive_loss(examples: Tensor, task_embedding: Tensor, task_ids: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(
+    examples: Tensor, task_embedding: Tensor, task_ids: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
     """MoRE's contrastive loss of one layer (arXiv 2505.22694, section 3), without its coefficient.
 
     − mean_i log softmax_t(cos(h_i, e_t) / τ)[t_i].
@@ -178,6 +180,7 @@ def contrastive_loss(examples: Tensor, task_embedding: Tensor, task_ids: Tensor,
         task_embedding: (T, e).
         task_ids: (B,) int64.
         temperature: τ.
+        mask: (B,) true where an example counts; None: all do. Where none does, the loss is 0.
 
     Returns:
         A scalar.
@@ -188,7 +191,10 @@ def contrastive_loss(examples: Tensor, task_embedding: Tensor, task_ids: Tensor,
         True
     """
     cosine = F.normalize(examples, dim=-1) @ F.normalize(task_embedding, dim=-1).T
-    return F.cross_entropy(cosine / temperature, task_ids)
+    losses = F.cross_entropy(cosine / temperature, task_ids, reduction="none")
+    if mask is None:
+        return losses.sum() / max(len(losses), 1)
+    return torch.where(mask, losses, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 class TokenRouter(nn.Module):
@@ -372,14 +378,14 @@ class TaskRouter(nn.Module):
             gates = gates * ((rank + 1).to(dtype) / self.r).square()
         return Routing(gates, best.squeeze(-1) + 1, probabilities)
 
-    def contrast(self, examples: Tensor, task_ids: Tensor, temperature: float) -> Tensor:
-        """Return the contrastive loss of pooled inputs (B, d_in) with their tasks (B,)."""
+    def contrast(self, examples: Tensor, task_ids: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+        """Return the contrastive loss of pooled inputs (B, d_in) with their tasks (B,); see `contrastive_loss`."""
         dtype = torch.promote_types(self.task_embedding.dtype, torch.float32)
         with torch.autocast(examples.device.type, enabled=False):
             examples = examples.to(dtype)
             if self.projection is not None:
                 examples = F.linear(examples, self.projection.to(dtype))
-            return contrastive_loss(examples, self.task_embedding.to(dtype), task_ids, temperature)
+            return contrastive_loss(examples, self.task_embedding.to(dtype), task_ids, temperature, mask)
 
     def extra_repr(self) -> str:
         """Show what `repr` of the model prints."""

@@ -11,6 +11,7 @@ moves the balancing bias, sets learning rates for routers and heads, and saves t
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ._warnings import warn_once
-from .balance import update_router_bias
+from .balance import count_idle, dead_experts, take_nan_examples, update_router_bias
 from .config import RankExpertConfig, nearest
 from .files import restore_rank_experts, save_rank_experts
 from .heads import MultiTaskClassifier
@@ -37,18 +38,29 @@ from .tasks import TASK_COLUMN, TaskCollator, TaskMixture, TaskPart, TaskSampler
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
+logger = logging.getLogger(__name__)
+
 _Base: Any = object  # To a type checker: whatever Trainer the mixin stands before.
 
 
 class RankExpertCallback(TrainerCallback):
     """Moves the balancing bias once per optimiser step (`update_router_bias`) and keeps the loads that it saw.
 
+    Logs a warning for examples whose outputs are NaN, with their task, and for experts that no token chooses any more.
+
+    Args:
+        dead_after: Updates in a row without load after which an expert counts as dead.
+
     Example:
         >>> trainer = Trainer(model, args, callbacks=[RankExpertCallback()], ...)  # doctest: +SKIP
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dead_after: int = 100) -> None:
+        self.dead_after = dead_after
         self._loads: dict[tuple[str, str], Tensor] = {}
+        self._idle: dict[tuple[str, str], Tensor] = {}
+        self._updates = 0
+        self._saw_nan = False
 
     def on_optimizer_step(
         self,
@@ -60,8 +72,26 @@ class RankExpertCallback(TrainerCallback):
     ) -> None:
         """Update after the optimiser's step, before gradients are cleared."""
         if model is not None:
-            for key, load in update_router_bias(model).items():
+            loads = update_router_bias(model)
+            for key, load in loads.items():
                 self._loads[key] = self._loads[key] + load if key in self._loads else load
+            self._warn(model, loads, state.global_step + 1)
+
+    def _warn(self, model: nn.Module, loads: dict[tuple[str, str], Tensor], step: int) -> None:
+        found = take_nan_examples(model)
+        if not self._saw_nan:  # Weights that became NaN would repeat it at every step.
+            for task, count in found.items():
+                logger.warning("step %d: the outputs of %d example(s) of %s are NaN", step, count, task)
+        self._saw_nan = bool(found)
+        self._idle = count_idle(self._idle, loads)
+        self._updates += 1
+        if self._updates % self.dead_after == 0:
+            for (path, adapter), experts in dead_experts(self._idle, self.dead_after).items():
+                logger.warning(
+                    "step %d: no token chose experts %s of %s (adapter %r) in %d updates; see load_balance and "
+                    "balance_rate",
+                    *(step, experts, path, adapter, self.dead_after),
+                )
 
     def take_statistics(self) -> dict[str, float]:
         """Return how even the load was since the last call, averaged over layers; empty where none was counted.

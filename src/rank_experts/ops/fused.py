@@ -176,7 +176,8 @@ class GivenGates(torch.autograd.Function):
                 dp.mul_(scale)
             else:
                 if needed[5]:
-                    by_gate = (dp.to(gates.dtype) * projection.to(gates.dtype)).view(len(gates), -1, gates.shape[1])
+                    rows = len(dp) // max(len(gates), 1)  # −1 would be ambiguous without tokens.
+                    by_gate = (dp.to(gates.dtype) * projection.to(gates.dtype)).unflatten(0, (len(gates), rows))
                     dgates = by_gate.sum(1) * scale
                 dp = dp.mul_(_rows(gates * scale, dp))
             dx = _base_backward(flat, base_weight, base) if needed[0] else None
