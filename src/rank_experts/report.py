@@ -8,8 +8,8 @@ Both return a `RoutingReport`. The counting is in `recording.py`, the page in `r
 
 from __future__ import annotations
 
+import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +17,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import RankExpertConfig
-from .files import WEIGHTS_FILE, read_config, read_tensors
+from .config import RankExpertConfig, read_fields
+from .files import check_tensors
 from .findings import Finding, find
 from .recording import record_routing
-from .statistics import LayerStatistics, layer_statistics
+from .statistics import TENSOR_NAME, LayerStatistics, layers_of_tensors
+from .storage import CONFIG_FILE, WEIGHTS_FILE, read_pair, read_weights
 
 __all__ = ["RoutingReport", "inspect_adapter", "record_routing", "routing_report"]
 
 _METHODS = {"token": "SMoRA (token-routed ranks)", "task": "MoRE (task-routed ranks)", "dense": "LoRA (no router)"}
-_TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.rank_expert_(?P<name>A|B|router\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -268,10 +267,13 @@ def inspect_adapter(path: str | os.PathLike[str], log_history: Sequence[Mapping[
         >>> print(inspect_adapter("my-adapter"))  # doctest: +SKIP
     """
     folder = Path(path)
-    config = read_config(folder)
-    tensors = read_tensors(folder, _shapes(folder), config)
+    config_bytes, saved_config, weights = read_pair(folder)
+    config = RankExpertConfig(**read_fields(folder / CONFIG_FILE, config_bytes, saved_config))
+    weights = read_weights(folder) if weights is None else weights  # raises, and says what is there instead
+    shapes, integers = _header(folder, weights)
+    tensors = check_tensors(folder, weights, shapes, config, integers=integers)
     layers = layers_of_tensors(tensors, config)
-    size = (folder / WEIGHTS_FILE).stat().st_size
+    size = len(weights)
     facts = _facts(config, layers) | {
         "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}{_by_role(tensors)}",
         "file": f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB",
@@ -279,69 +281,22 @@ def inspect_adapter(path: str | os.PathLike[str], log_history: Sequence[Mapping[
     return RoutingReport(f"Adapter {folder.resolve().name}", facts, layers, config, tuple(log_history))
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    # What the file says it holds; read_tensors reports a missing file, dtypes and values.
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        return {}
+def _header(folder: Path, weights: bytes) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    # Name to shape as the file claims them, and which of the modules_to_save hold no floating-point numbers.
+    entries = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    entries.pop("__metadata__", None)
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}. Save the adapter again.") from None
-
-
-def layers_of_tensors(tensors: Mapping[str, Tensor], config: RankExpertConfig) -> list[LayerStatistics]:
-    """Group an adapter's tensors by layer and read each layer's statistics off them.
-
-    Args:
-        tensors: By the file's names.
-        config: The adapter's.
-
-    Raises:
-        ValueError: A layer lacks a tensor, or its shapes do not fit together.
-    """
-    by_layer: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if match := _TENSOR.fullmatch(name):
-            by_layer.setdefault(match["path"], {})[match["name"]] = tensor
-    for path, found in by_layer.items():
-        _check_layer(path, {name: tuple(tensor.shape) for name, tensor in found.items()}, config)
-    tasks = tuple(config.tasks or ())
-    ordered = sorted(by_layer, key=_natural)
-    return [layer_statistics(path, by_layer[path], tasks=tasks) for path in ordered]
-
-
-def _check_layer(path: str, shapes: dict[str, tuple[int, ...]], config: RankExpertConfig) -> None:
-    r, d_in = shapes.get("A", (0, 0)) if len(shapes.get("A", ())) == 2 else (0, 0)
-    d_out = shapes.get("B", (0,))[0] if shapes.get("B") else 0
-    expected: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r)}
-    if config.router == "token":
-        num_experts = r // config.expert_rank
-        expected |= {"router.weight": (num_experts, d_in), "router.balance_bias": (num_experts,)}
-    elif config.router == "task":
-        width = config.task_embedding_dim or d_in
-        expected |= {
-            "router.task_embedding": (len(config.tasks or ()), width),
-            "router.gate_weight": (r, width),
-            "router.gate_bias": (r,),
-        }
-        if width != d_in:
-            expected["router.projection"] = (width, d_in)
-    if shapes != expected or not r:
-        raise ValueError(
-            f"The tensors of {path} do not fit together, or not the config: found {shapes}, expected {expected}."
-        )
-
-
-def _natural(path: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        kinds = {name: str(entry["dtype"]) for name, entry in entries.items()}
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: save or download the adapter again.") from None
+    return shapes, {name for name, kind in kinds.items() if not TENSOR_NAME.fullmatch(name) and "F" not in kind}
 
 
 def _by_role(tensors: Mapping[str, Tensor]) -> str:
     roles = {"A and B": 0, "routers": 0, "other modules": 0}
     for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
+        match = TENSOR_NAME.fullmatch(name)
         role = "other modules" if match is None else "routers" if match["name"].startswith("router") else "A and B"
         roles[role] += tensor.numel()
     return f" ({', '.join(f'{role} {count:,}' for role, count in roles.items() if count)})"

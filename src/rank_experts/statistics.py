@@ -8,12 +8,18 @@ Shapes: E experts (a task router's experts are its ranks), T tasks, r ranks, e t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .config import RankExpertConfig
+
+TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.rank_expert_(?P<name>A|B|router\.\w+)")
+"""The name of an adapter's tensor in its file."""
 
 
 @dataclass(frozen=True)
@@ -189,3 +195,50 @@ def layer_statistics(
         chosen_rank=chosen_rank,
         counts=counts,
     )
+
+
+def layers_of_tensors(tensors: Mapping[str, Tensor], config: RankExpertConfig) -> list[LayerStatistics]:
+    """Group an adapter's tensors by layer and read each layer's statistics off them.
+
+    Args:
+        tensors: By the file's names.
+        config: The adapter's.
+
+    Raises:
+        ValueError: A layer lacks a tensor, or its shapes do not fit together.
+    """
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := TENSOR_NAME.fullmatch(name):
+            by_layer.setdefault(match["path"], {})[match["name"]] = tensor
+    for path, found in by_layer.items():
+        _check_layer(path, {name: tuple(tensor.shape) for name, tensor in found.items()}, config)
+    tasks = tuple(config.tasks or ())
+    ordered = sorted(by_layer, key=_natural)
+    return [layer_statistics(path, by_layer[path], tasks=tasks) for path in ordered]
+
+
+def _check_layer(path: str, shapes: dict[str, tuple[int, ...]], config: RankExpertConfig) -> None:
+    r, d_in = shapes.get("A", (0, 0)) if len(shapes.get("A", ())) == 2 else (0, 0)
+    d_out = shapes.get("B", (0,))[0] if shapes.get("B") else 0
+    expected: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r)}
+    if config.router == "token":
+        num_experts = r // config.expert_rank
+        expected |= {"router.weight": (num_experts, d_in), "router.balance_bias": (num_experts,)}
+    elif config.router == "task":
+        width = config.task_embedding_dim or d_in
+        expected |= {
+            "router.task_embedding": (len(config.tasks or ()), width),
+            "router.gate_weight": (r, width),
+            "router.gate_bias": (r,),
+        }
+        if width != d_in:
+            expected["router.projection"] = (width, d_in)
+    if shapes != expected or not r:
+        raise ValueError(
+            f"The tensors of {path} do not fit together, or not the config: found {shapes}, expected {expected}."
+        )
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]

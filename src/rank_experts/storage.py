@@ -20,7 +20,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,6 +278,32 @@ def _replace_both(folder: Path, weights: list[Any], config: list[bytes]) -> None
         for path in staged:
             path.unlink(missing_ok=True)
         raise
+
+
+def replace_file(folder: Path, name: str, data: bytes, allowed: Callable[[Path], bool]) -> None:
+    """Replace one more file beside the pair, in one step, or leave it.
+
+    Args:
+        folder: Which exists. Processes that save to it at once wait for each other.
+        name: The file's.
+        data: Its new bytes.
+        allowed: Asked with the file's path while nobody else saves; False: leave it.
+    """
+    with _locked(folder) as alone:
+        if not allowed(folder / name):
+            return
+        prefix = f".{name}.saving."  # not what an editor calls its own copy of the file
+        for path in folder.glob(f"{prefix}*") if alone else ():
+            path.unlink(missing_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=prefix)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, folder / name)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def _digest_of_old_config(folder: Path) -> str:
