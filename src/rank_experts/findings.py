@@ -14,6 +14,7 @@ from .config import RankExpertConfig
 from .statistics import LayerStatistics
 
 _FEW_TOKENS = 10.0
+_FEW_DEAD = 0.01
 _UNEVEN_CV = 1.0
 _SAME_EMBEDDING = 0.95
 
@@ -53,7 +54,7 @@ def _untrained(layers: Sequence[LayerStatistics]) -> list[Finding]:
 
 
 def _recorded(layers: Sequence[LayerStatistics]) -> tuple[list[LayerStatistics], bool]:
-    # Token-routed layers that saw enough tokens to be judged, or all that saw any.
+    # Token-routed layers that saw enough tokens to be judged, else all that saw any; and which of the two.
     recorded = [layer for layer in layers if layer.router == "token" and layer.load is not None]
     enough = [layer for layer in recorded if layer.load is not None and float(layer.load.mean()) >= _FEW_TOKENS]
     return enough or recorded, bool(enough)
@@ -69,11 +70,13 @@ def _dead(layers: Sequence[LayerStatistics]) -> list[Finding]:
         return [Finding("note", f"No dead experts: each of the {total:,} was chosen.")]
     worst = max(recorded, key=lambda layer: len(layer.dead_experts or ()) / layer.num_experts)
     text = (
-        f"{dead:,} of {total:,} experts were never chosen; most of them in {worst.path} "
-        f"({len(worst.dead_experts or ())} of {worst.num_experts})."
+        f"{dead:,} of {total:,} experts were never chosen; in {worst.path} it is "
+        f"{len(worst.dead_experts or ())} of {worst.num_experts}."
     )
     if not enough:
         text += f" An even load would give each fewer than {_FEW_TOKENS:g} tokens: record more data to judge."
+        return [Finding("note", text)]
+    if dead / total < _FEW_DEAD:
         return [Finding("note", text)]
     return [Finding("warning", f"{text} Raise balance_rate, or see that update_router_bias runs after each step.")]
 

@@ -181,7 +181,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], zero: bool = True
         return ""
     steps, values = [step for step, _ in points], [value for _, value in points]
     low, high = min(0.0, *values) if zero else min(values), max(values)
-    high = high if high > low else low + 1
+    high = low + _round_up(high - low if high > low else 1.0)
     last = max(max(steps), min(steps) + 1)
 
     def place(step: float, value: float) -> tuple[float, float]:
@@ -204,6 +204,12 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], zero: bool = True
         keys = "".join(f'<span><i class="s{i % 8}"></i>{escape(name)}</span>' for i, name in enumerate(series))
         keys = f'<p class="legend">{keys}</p>'
     return f'<svg class="plot" viewBox="0 0 {width:g} {height:g}" role="img">{"".join(parts)}</svg>{keys}'
+
+
+def _round_up(span: float) -> float:
+    # To a number that reads well on an axis, and so does its half.
+    unit = 10.0 ** math.floor(math.log10(span))
+    return next(step * unit for step in (1, 2, 3, 4, 6, 8, 10) if step * unit >= span * (1 - 1e-9))
 
 
 def _short(name: str) -> str:

@@ -19,6 +19,7 @@ from .statistics import LayerStatistics
 if TYPE_CHECKING:
     from .report import RoutingReport
 
+_OTHER = "other layers"
 _FIRST = 3
 _MOST = 24
 
@@ -56,13 +57,10 @@ def _section(title: str, text: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{''.join(parts)}</section>"
 
 
-def _cards(cards: Mapping[str, str]) -> str:
-    items = "".join(f'<figure><figcaption title="{k}">{k}</figcaption>{v}</figure>' for k, v in _escaped(cards).items())
-    return f'<div class="cards">{items}</div>'
-
-
-def _escaped(cards: Mapping[str, str]) -> dict[str, str]:
-    return {escape(name): card for name, card in cards.items()}
+def _cards(cards: Mapping[str, str], layout: str = "cards") -> str:
+    named = [(escape(name), card) for name, card in cards.items()]
+    items = "".join(f'<figure><figcaption title="{k}">{k}</figcaption>{v}</figure>' for k, v in named)
+    return f'<div class="{layout}">{items}</div>'
 
 
 def group_by_kind(paths: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
@@ -87,13 +85,13 @@ def group_by_kind(paths: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
     groups: dict[str, list[tuple[str, int]]] = {}
     for i, (parts, number) in enumerate(split):
         if number is None:
-            groups.setdefault("other layers", []).append((paths[i], i))
+            groups.setdefault(_OTHER, []).append((paths[i], i))
             continue
         # "encoder" and "decoder" stay in the name where both have blocks.
         stack = ".".join(parts[:number]) + " " if len(stacks) > 1 else ""
         groups.setdefault(stack + (".".join(parts[number + 1 :]) or "block"), []).append((parts[number], i))
-    other = groups.pop("other layers", None)
-    return groups if other is None else groups | {"other layers": other}
+    other = groups.pop(_OTHER, None)
+    return groups if other is None else groups | {_OTHER: other}
 
 
 def _layer_cards(
@@ -192,15 +190,16 @@ def _ranks(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
         "that it chose; below, what it chose in each layer.",
         charts.legend([("in no layer … in all layers", ["q0", "q3", "q6", "q10"])]),
         f'<div class="wide">{charts.strips(rows, ("rank 1", str(r)), "mean")}</div>',
-        _cards(cards),
+        _cards(cards, "cards loose"),
     )
 
 
 def _usage(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
     # By task, for token routers: which experts a task's tokens go to, where the tasks differ most.
-    known = [
-        (layer, layer.task_overlap) for layer in layers if layer.router == "token" and layer.task_usage is not None
-    ]
+    seen = [layer for layer in layers if layer.router == "token" and layer.task_usage is not None]
+    # A layer that sees one token an example (a pooler) differs by chance alone.
+    most = max((int(layer.counts.tokens.sum()) for layer in seen if layer.counts is not None), default=0)
+    known = [(x, x.task_overlap) for x in seen if x.counts is not None and 2 * int(x.counts.tokens.sum()) > most]
     if len(tasks) < 2 or not known:
         return ""
     ordered = sorted(((float(_mean_of_pairs(overlap)), layer) for layer, overlap in known), key=lambda pair: pair[0])
@@ -244,13 +243,15 @@ def _sharing(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
     kinds = group_by_kind([layer.path for layer in layers])
     rows = []
     for kind, members in kinds.items():
+        if kind == _OTHER:
+            continue
         values = [float(_mean_of_pairs(layers[i].task_overlap)) for _, i in members]
         mean = sum(values) / len(values)
         rows.append(
             (kind, charts.strip([charts.amount(value) for value in values], f"{kind}: {mean:.0%}"), f"{mean:.0%}")
         )
-    deepest = max(len(members) for members in kinds.values())
-    cards["by depth, mean over pairs of tasks"] = charts.strips(rows, ("first block", f"block {deepest}"), "mean")
+    if rows:
+        cards["by depth, mean over pairs of tasks"] = charts.strips(rows, ("first block", "last"), "mean")
     return _section(
         "Experts shared between tasks",
         "What two tasks' use of the experts has in common, in the mean over layers: 100 % where they use the same "

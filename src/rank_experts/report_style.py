@@ -27,10 +27,10 @@ PAGE = """<!doctype html>
 STYLE = (
     """
 :root{--page:#f6f6f4;--card:#fff;--text:#1d1f22;--muted:#62666d;--rule:#dfe0dd;--little:#eceff4;--much:#164a9c;
---on-much:#fff;--even:#e4e6e9;--below:#1668c7;--above:#d8620b;--warn:#b3400a;
+--on-much:#fff;--on-middle:#1d1f22;--even:#e4e6e9;--below:#1668c7;--above:#d8620b;--warn:#b3400a;
 --s0:#1668c7;--s1:#d8620b;--s2:#2a8f57;--s3:#a23fb0;--s4:#b8860b;--s5:#c22f4e;--s6:#1b8a98;--s7:#6b6f76}
 @media (prefers-color-scheme:dark){:root{--page:#131416;--card:#1c1e21;--text:#e9e9e6;--muted:#a1a5ac;--rule:#33363b;
---little:#282b30;--much:#86b7ff;--on-much:#0c1420;--even:#34373d;--below:#6fb0ff;--above:#ff9f4a;--warn:#ffa366;
+--little:#282b30;--much:#86b7ff;--on-much:#0c1420;--on-middle:#0c1420;--even:#34373d;--below:#6fb0ff;--above:#ff9f4a;--warn:#ffa366;
 --s0:#6fb0ff;--s1:#ff9f4a;--s2:#6fd19a;--s3:#d994e4;--s4:#e6c35c;--s5:#ff8ba1;--s6:#6ed3df;--s7:#a1a5ac}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1360px;padding:20px 16px 48px;background:var(--page);color:var(--text);
@@ -44,6 +44,7 @@ border-radius:8px}
 .findings li{display:flex;gap:10px;padding:3px 0;overflow-wrap:anywhere}.findings span{font-weight:700;width:1ch}
 .findings .warning span{color:var(--warn)}.findings .warning{font-weight:550}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px;align-items:start}
+.cards.loose{display:flex;flex-wrap:wrap}.loose figure{max-width:100%}
 figure,.wide{margin:0;padding:10px 12px;background:var(--card);border:1px solid var(--rule);border-radius:8px;
 min-width:0}
 .wide{max-width:760px;margin-bottom:14px}
@@ -84,5 +85,5 @@ def colours() -> str:
         rules.append(f".q{i}{{--c:color-mix(in oklab,var(--much) {share}%,var(--little))}}")
         rules.append(f".b{i}{{--c:color-mix(in oklab,var(--below) {share}%,var(--even))}}")
         rules.append(f".o{i}{{--c:color-mix(in oklab,var(--above) {share}%,var(--even))}}")
-    dark_cells = ",".join(f".cell.q{i}" for i in range(5, STEPS + 1))
-    return "\n".join([*rules, f"{dark_cells}{{color:var(--on-much)}}"])
+    strong = ",".join(f".cell.q{i}" for i in range(7, STEPS + 1))
+    return "\n".join([*rules, ".cell.q6{color:var(--on-middle)}", f"{strong}{{color:var(--on-much)}}"])
