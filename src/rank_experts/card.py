@@ -41,6 +41,7 @@ _TASK_TYPES = {
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT expects a trained head in the file of such an adapter
 
 
 def model_card(config: RankExpertConfig, tensors: Mapping[str, Tensor]) -> str:
@@ -150,27 +151,30 @@ def _routing(config: RankExpertConfig, layers: Sequence[LayerStatistics], num_la
 
 
 def _loading(config: RankExpertConfig) -> str:
-    auto_class = _TASK_TYPES.get(_task_type(config), ("AutoModel", None))[0]
-    auto_class = (
-        (config.auto_mapping or {}).get("base_model_class") or auto_class if not _task_type(config) else auto_class
-    )
+    named = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
+    auto_class = _TASK_TYPES.get(_task_type(config), (named, None))[0]
     if not str(auto_class).isidentifier():
         auto_class = "AutoModel"
     revision = f", revision={config.revision!r}" if config.revision else ""
+    routed = config.router == "task"
     lines = [
-        "import rank_experts",
-        "from peft import PeftModel",
         f"from transformers import {auto_class}",
+        f"from rank_experts import load_rank_experts{', use_task' if routed else ''}",
         "",
-        f"base = {auto_class}.from_pretrained({config.base_model_name_or_path or '…'!r}{revision})",
-        'model = PeftModel.from_pretrained(base, "this-adapter")  # its folder, or its name on the Hub',
+        f"model = {auto_class}.from_pretrained({config.base_model_name_or_path or '…'!r}{revision})",
+        'model = load_rank_experts(model, "this-adapter")  # the folder, or huggingface_hub.snapshot_download(name)',
     ]
-    if config.router == "task" and config.tasks:
-        lines += ["", f"with rank_experts.use_task(model, {config.tasks[0]!r}):", "    outputs = model(**inputs)"]
-    text = "Tasks may be mixed in a batch: `model(**inputs, task_ids=ids)`, a name or an id for each example."
+    if routed and config.tasks:
+        lines += ["", f"with use_task(model, {config.tasks[0]!r}):", "    outputs = model(**inputs)"]
     code = "\n".join(lines).replace("```", "'''")
     parts = ["## Loading", f"`pip install rank-experts=={__version__}` or newer.", f"```python\n{code}\n```"]
-    return "\n\n".join([*parts, text] if config.router == "task" else parts)
+    if routed:
+        parts.append(
+            "Tasks may be mixed in a batch: `model(**inputs, task_ids=ids)`, a name or an id for each example."
+        )
+    if _task_type(config) not in _WITH_HEAD or config.modules_to_save:
+        parts.append("After `import rank_experts`, PEFT loads it too: `PeftModel.from_pretrained(model, name)`.")
+    return "\n\n".join(parts)
 
 
 def _task_type(config: RankExpertConfig) -> str:

@@ -105,7 +105,8 @@ def _layer_cards(
             classes, number = row(layers[i])
             widest = max(widest, len(classes))
             rows.append((name, charts.strip(classes, f"{layers[i].path}: {value} {number}"), number))
-        cards[kind] = charts.strips(rows, (f"{noun} 0", str(widest - 1)), value)
+        start = int(noun == "rank")  # experts are counted from 0, as in the code; ranks from 1, as in r_t
+        cards[kind] = charts.strips(rows, (f"{noun} {start}", str(widest - 1 + start)), value)
     return _cards(cards)
 
 
@@ -157,7 +158,7 @@ def _updates(layers: Sequence[LayerStatistics]) -> str:
         return ""
     return _section(
         "Size of each rank's update",
-        "‖A‖ · ‖B‖ of every rank, relative to the layer's largest, which is the number. Pale ranks hardly change what "
+        "‖A‖ · ‖B‖ of every rank, relative to the layer's largest, which is the number. Faint ranks hardly change what "
         "the model does, however often they are chosen.",
         charts.legend([("none … the layer's largest", ["q0", "q3", "q6", "q10"])]),
         _layer_cards(layers, row, "largest", "rank"),
@@ -219,7 +220,7 @@ def _usage(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
     return _section(
         "Tasks and experts",
         "How often a task's tokens choose each expert, in the layers where the tasks differ most. Where two rows have "
-        "their dark cells apart, the tasks use experts of their own.",
+        "their strong cells apart, the tasks use experts of their own.",
         charts.legend([("never … most often in this layer", ["q0", "q3", "q6", "q10"])]),
         _cards(first),
         more,
@@ -262,7 +263,7 @@ def _sharing(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
 
 def _square(values: Tensor, tasks: Sequence[str], low: float) -> str:
     classes = [[charts.amount((value - low) / (1 - low)) for value in row] for row in values.tolist()]
-    texts = [[f"{value:.2f}" if low else f"{value:.0%}" for value in row] for row in values.tolist()]
+    texts = [[f"{round(value, 2) + 0.0:.2f}" if low else f"{value:.0%}" for value in row] for row in values.tolist()]
     return charts.matrix(tasks, tasks, classes, texts)
 
 

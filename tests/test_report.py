@@ -1,0 +1,529 @@
+"""What a recording counts, what the report and the page say of it, and the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from helpers import TASKS, task_config, token_config
+from models import batch, bert, llama, t5
+from rank_experts import inject_rank_experts, merge_rank_experts, save_rank_experts, use_task
+from rank_experts.card import CARD_FILE, model_card
+from rank_experts.model import adapted_layers
+from rank_experts.report import inspect_adapter, record_routing, routing_report
+from rank_experts.report_charts import load_class, principal_plane
+from rank_experts.report_page import group_by_kind
+
+IDS = torch.tensor([0, 2, 1, 0])
+
+
+def independent_counts(model, inputs, num_tasks=3):
+    """Count with forward hooks on the routers and a plain loop; (T + 1, E) by layer, row 0 without a task."""
+    counts, handles = {}, []
+    mask, ids = inputs["attention_mask"], inputs.get("task_ids")
+    for path, layer in adapted_layers(model):
+
+        def count(module, args, routing, path=path):
+            table = torch.zeros(num_tasks + 1, routing.probabilities.shape[-1], dtype=torch.int64)
+            tokens = len(routing.indices) // len(mask)
+            for row, chosen in enumerate(routing.indices.tolist()):
+                example, position = divmod(row, tokens)
+                if tokens == 1 or mask[example, position]:
+                    for expert in chosen:
+                        table[0 if ids is None else 1 + int(ids[example]), expert] += 1
+            counts[path] = table
+
+        handles.append(layer.rank_expert_router["default"].register_forward_hook(count))
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+def usages(stats):
+    return {layer.path: layer.counts.usage for layer in stats.layers()}
+
+
+def assert_same_usages(first, second):
+    assert first.keys() == second.keys()
+    assert first
+    for path, usage in first.items():
+        assert torch.equal(usage, second[path]), path
+
+
+@pytest.mark.parametrize("kind", [{}, {"expert_rank": 4, "top_k": 2}], ids=["ranks", "blocks"])
+def test_a_recording_counts_what_hooks_count(kind):
+    model = inject_rank_experts(bert(), token_config(**kind)).eval()
+    inputs = batch("bert") | {"task_ids": IDS}
+    expected = independent_counts(model, inputs)
+    with record_routing(model, TASKS) as stats:
+        model(**inputs)
+    assert_same_usages(usages(stats), expected)
+    with record_routing(model, TASKS) as stats:
+        model(**inputs)
+        model(**batch("bert"))  # without tasks
+    untold = independent_counts(model, batch("bert"))
+    assert_same_usages(usages(stats), {path: table + untold[path] for path, table in expected.items()})
+    layer = stats.layers()[0]
+    assert layer.counts.tokens.tolist() == [24, 12, 7, 5]
+    assert layer.tasks == tuple(TASKS)
+
+
+def test_the_numbers_of_a_layer():
+    model = inject_rank_experts(llama(), token_config()).eval()
+    routings = []
+    router = next(adapted_layers(model))[1].rank_expert_router["default"]
+    handle = router.register_forward_hook(lambda module, args, routing: routings.append(routing))
+    inputs = batch("llama")
+    with record_routing(model) as stats:
+        model(**inputs)
+    handle.remove()
+    layer, kept = stats.layers()[0], inputs["attention_mask"].reshape(-1).bool()
+    p = routings[0].probabilities[kept].double()
+    entropy = -(p * p.log()).sum(-1) / torch.tensor(16.0).log()
+    assert layer.routing_entropy == pytest.approx(float(entropy.mean()))
+    load = torch.bincount(routings[0].indices[kept].reshape(-1), minlength=16).double()
+    share = load[load > 0] / load.sum()
+    assert layer.load_entropy == pytest.approx(float(-(share * share.log()).sum() / torch.tensor(16.0).log()))
+    assert layer.load_cv == pytest.approx(float(load.std(correction=0) / load.mean()))
+    assert layer.load_max == pytest.approx(float(load.max() / load.mean()))
+    assert layer.dead_experts == [i for i in range(16) if load[i] == 0]
+
+
+def test_an_expert_that_is_never_chosen_is_dead():
+    model = inject_rank_experts(llama(), token_config(target_modules=["q_proj"])).eval()
+    for _, layer in adapted_layers(model):
+        layer.rank_expert_router["default"].balance_bias[5] = -2
+    report = routing_report(model, [batch("llama", size=16, length=12)])
+    assert all(5 in layer.dead_experts for layer in report.layers)
+    warnings = [found.text for found in report.findings if found.level == "warning"]
+    assert any("experts were never chosen" in text and "Raise balance_rate" in text for text in warnings)
+    assert any("bias has grown to 2.00" in text for text in warnings)
+
+
+def test_a_task_router_is_recorded_by_task():
+    model = inject_rank_experts(bert(), task_config()).eval()
+    with record_routing(model) as stats:
+        model(**batch("bert"), task_ids=IDS)
+    for layer, (_, adapted) in zip(stats.layers(), adapted_layers(model), strict=True):
+        router = adapted.rank_expert_router["default"]
+        chosen = router(torch.arange(3)).indices
+        assert torch.equal(layer.chosen_rank, chosen)
+        tokens = [4] if layer.path in ("bert.pooler.dense", "classifier") else [24]
+        assert int(layer.counts.tokens.sum()) == tokens[0]
+        per_token = layer.counts.usage.sum(-1)[1:] / layer.counts.tokens[1:]
+        assert torch.equal(per_token, chosen.float())
+        assert ((layer.task_usage == 1) == (torch.arange(4) < chosen[:, None])).all()
+        low, high = sorted(chosen[:2].tolist())
+        assert layer.task_overlap[0, 1] == pytest.approx(low / high)
+        cosine = torch.cosine_similarity(router.task_embedding[0], router.task_embedding[1], dim=0)
+        assert float(layer.embedding_similarity[0, 1]) == pytest.approx(float(cosine), abs=1e-6)
+
+
+def test_an_encoder_decoder_counts_its_two_paddings_apart():
+    model = inject_rank_experts(t5(), token_config()).eval()
+    inputs = batch("t5")
+    inputs["labels"][0, -2:] = -100
+    with record_routing(model) as stats:
+        model(**inputs)
+    for layer in stats.layers():
+        from_encoder = layer.path.startswith("encoder") or layer.path.endswith(
+            ("EncDecAttention.k", "EncDecAttention.v")
+        )
+        assert int(layer.counts.tokens.sum()) == (24 if from_encoder else 18), layer.path
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["token", "task"])
+def test_a_recomputation_counts_once(kind, use_reentrant):
+    counts = []
+    for checkpointing in (False, True):
+        model = inject_rank_experts(llama(), token_config() if kind == "token" else task_config()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        with record_routing(model) as stats:
+            for _ in range(2):
+                model(**batch("llama"), task_ids=IDS).loss.backward()
+        counts.append(usages(stats))
+    assert_same_usages(*counts)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_block_checkpointed_by_hand_counts_once(use_reentrant):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=use_reentrant)
+
+    model = inject_rank_experts(Block(), token_config(target_modules=["proj"])).train()
+    with record_routing(model) as stats:
+        model(torch.randn(3, 5, 8, requires_grad=True)).sum().backward()
+    assert int(stats.layers()[0].counts.tokens.sum()) == 15
+
+
+def test_a_compiled_model_is_recorded_too():
+    model = inject_rank_experts(llama(), token_config()).eval()
+    inputs = batch("llama") | {"task_ids": IDS}
+    compiled = torch.compile(model, backend="eager")
+    compiled(**inputs)
+    with record_routing(compiled, TASKS) as stats:
+        compiled(**inputs)
+    assert_same_usages(usages(stats), independent_counts(model, inputs))
+
+
+def test_recording_changes_no_output_and_ends_with_its_block():
+    model = inject_rank_experts(llama(), token_config()).eval()
+    before = model(**batch("llama")).logits
+    with record_routing(model) as outer:
+        with record_routing(model) as inner:
+            assert torch.equal(model(**batch("llama")).logits, before)
+        once = usages(outer)
+        assert_same_usages(once, usages(inner))
+        model(**batch("llama"))
+    model(**batch("llama"))
+    assert_same_usages(usages(inner), once)
+    assert_same_usages(usages(outer), {path: 2 * table for path, table in once.items()})
+
+
+def test_tasks_by_name_grow_as_they_are_met():
+    model = inject_rank_experts(llama(), token_config()).eval()
+    with record_routing(model) as stats:
+        model(**batch("llama"), task_ids="rte")
+        model(**batch("llama"), task_ids=["cola", "rte", "cola", "cola"])
+    layer = stats.layers()[0]
+    assert layer.tasks == ("rte", "cola")
+    assert layer.counts.tokens.tolist() == [0, 24 + 5, 19]
+    with record_routing(model) as stats:
+        model(**batch("llama"), task_ids=torch.tensor([2, 2, 0, 0]))
+    assert stats.layers()[0].tasks == ("task 0", "task 1", "task 2")
+    assert stats.layers()[0].counts.tokens.tolist() == [0, 12, 0, 12]
+    with record_routing(model, TASKS), pytest.raises(ValueError, match="expected 0…2"):
+        model(**batch("llama"), task_ids=torch.tensor([0, 1, 2, 3]))
+    with record_routing(model, TASKS), pytest.raises(ValueError, match="not \\['sst'\\]"):
+        model(**batch("llama"), task_ids="sst")
+
+
+def test_several_adapters_are_recorded_apart():
+    model = get_peft_model(llama(), token_config(), adapter_name="one")
+    model.add_adapter("two", task_config())
+    model.eval()
+    inputs = batch("llama", labels=False)
+    with record_routing(model) as stats:
+        model(**inputs, adapter_names=["one", "two", "__base__", "one"], task_ids=torch.tensor([0, 1, 2, 0]))
+    first, second = stats.layers("one")[0], stats.layers("two")[0]
+    # Of the second and fourth example two tokens are padding.
+    assert int(first.counts.tokens.sum()) == 7 + 5
+    assert second.counts.tokens.tolist() == [0, 0, 5, 0]
+    assert stats.layers()[0].router == "token"
+    with pytest.raises(ValueError, match="no routed adapter 'three'"):
+        stats.layers("three")
+
+
+def test_generation_is_recorded():
+    model = inject_rank_experts(llama(), task_config()).eval()
+    with record_routing(model) as stats, use_task(model, "mnli"):
+        model.generate(input_ids=torch.ones(1, 4, dtype=torch.int64), max_new_tokens=3, do_sample=False)
+    assert stats.layers()[0].counts.tokens.tolist() == [0, 0, 4 + 2, 0]
+
+
+def _rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = inject_rank_experts(llama(), token_config(target_modules=["q_proj"])).eval()
+    with record_routing(model) as stats:
+        if rank == 0:
+            model(**batch("llama"), task_ids=["rte", "cola", "rte", "cola"])
+            model(**batch("llama"), task_ids="cola")
+    total = stats.all_reduce()
+    layer = total.layers()[0]
+    assert torch.equal(stats.all_reduce().layers()[0].counts.usage, layer.counts.usage)  # not twice as much
+    assert (stats.layers()[0].counts is None) == (rank == 1)
+    torch.save((layer.tasks, layer.counts.usage, layer.counts.tokens), f"{folder}/{rank}")
+    if rank == 0:
+        assert torch.equal(stats.layers()[0].counts.usage, layer.counts.usage)
+    dist.destroy_process_group()
+
+
+def test_ranks_add_up_also_where_one_saw_nothing(tmp_path):
+    mp.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    (tasks, usage, tokens), again = torch.load(tmp_path / "0"), torch.load(tmp_path / "1")
+    assert tasks == again[0] == ("rte", "cola")
+    assert torch.equal(usage, again[1])
+    assert usage.sum() > 0
+    assert tokens.tolist() == again[2].tolist() == [0, 14, 10 + 24]
+
+
+def test_nothing_to_record_is_said():
+    with pytest.raises(ValueError, match="no routed adapter"), record_routing(llama()):
+        pass
+    model = inject_rank_experts(llama(), task_config()).train()
+    with pytest.raises(ValueError, match="saw no token"):
+        routing_report(model, [])
+    merge_rank_experts(model, task="rte")
+    with pytest.raises(ValueError, match="unmerge_rank_experts"):
+        routing_report(model, [batch("llama") | {"task_ids": torch.full((4,), 2)}])
+    with pytest.raises(TypeError, match="expected keyword arguments"):
+        routing_report(model, [torch.ones(2, 3)])
+    assert all(module.training for module in model.modules())
+
+
+class Page(HTMLParser):
+    """Collects what a page holds."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.classes, self.references = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        self.classes.append(attributes.get("class") or "")
+        self.references += [value for name, value in attributes.items() if name in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+HISTORY = [
+    {"loss": 2.0, "load_cv": 0.9, "load_max": 3.0, "load_idle": 0.1, "rank_cola": 2.0, "step": 10},
+    {"loss": 1.0, "load_cv": 0.4, "load_max": 2.0, "load_idle": 0.0, "rank_cola": 3.0, "step": 20},
+    {"eval_loss": 1.0, "step": 20},
+]
+
+
+def headings(text):
+    return re.findall(r"<h2>(.*?)</h2>", text)
+
+
+def test_the_page_of_a_token_router(tmp_path):
+    model = inject_rank_experts(bert(), token_config()).eval()
+    inputs = batch("bert") | {"task_ids": IDS}
+    evil = ["<script>alert(1)</script>", 'a"b', "c&d"]
+    report = routing_report(model, [inputs], tmp_path / "page.html", tasks=evil, log_history=HISTORY)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert headings(text) == [
+        "Load of the experts",
+        "Tasks and experts",
+        "Experts shared between tasks",
+        "Map of the tasks",
+        "During the training",
+        "Size of each rank&#x27;s update",
+    ]
+    assert page.tags.count("polyline") == 5
+    assert page.tags.count("circle") == 3
+    # Nothing is loaded from anywhere and nothing in a name becomes markup.
+    assert not page.references
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert "http" not in text.replace("http-equiv", "")
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "<script>alert(1)</script>" in "".join(page.words)
+    # A strip has a cell an expert, and experts that were never chosen stand out.
+    layer = report.layers[0]
+    strip = re.search(rf'aria-label="{re.escape(layer.path)}: cv.*?</svg>', text)[0]
+    widths = [int(width) for width in re.findall(r'width="(\d+)"', strip)]
+    assert sum(widths) == 16
+    cells = [cls for width, cls in zip(widths, re.findall(r'class="(\w+)"', strip)) for _ in range(width)]
+    assert [i for i, cls in enumerate(cells) if cls == "x"] == layer.dead_experts
+    assert f"{layer.load_cv:.2f}" in page.words
+
+
+def test_the_page_of_a_task_router():
+    model = inject_rank_experts(bert(), task_config()).eval()
+    report = routing_report(model, [batch("bert") | {"task_ids": IDS}], log_history=HISTORY)
+    text = report.to_html()
+    assert headings(text)[:3] == ["Tasks and ranks", "Experts shared between tasks", "Map of the tasks"]
+    shown = re.search(r'title="attention.self.query".*?</figure>', text)[0]
+    numbers = [int(number) for number in re.findall(r'<td class="cell q\d+">(\d)</td>', shown)]
+    assert numbers == [int(n) for i in (0, 6) for n in report.layers[i].chosen_rank]
+    table = report.to_text()
+    for layer in report.layers:
+        line = next(line for line in table.splitlines() if line.startswith(layer.path + " "))
+        assert [int(cell) for cell in line.split()[4:7]] == layer.chosen_rank.tolist()
+    means = torch.stack([layer.chosen_rank for layer in report.layers]).double().mean(0)
+    assert f"Mean rank by task: cola {means[0]:.1f}, mnli {means[1]:.1f}, rte {means[2]:.1f}." in table
+
+
+def test_layers_are_grouped_by_kind():
+    assert list(group_by_kind(["encoder.block.0.q", "decoder.block.0.q"])) == ["encoder.block q", "decoder.block q"]
+    assert group_by_kind(["h.0.q", "lm_head", "h.1.q"]) == {
+        "q": [("0", 0), ("1", 2)],
+        "other layers": [("lm_head", 1)],
+    }
+
+
+def test_colours_of_loads():
+    assert [load_class(x) for x in (0, 0.25, 0.1, 1, 1.01, 4, 100)] == ["x", "b10", "b10", "n", "n", "o10", "o10"]
+
+
+def test_the_map_keeps_distances_of_a_plane():
+    torch.manual_seed(0)
+    plane = torch.randn(5, 2, dtype=torch.float64)
+    points = plane @ torch.linalg.qr(torch.randn(7, 2, dtype=torch.float64))[0].T + 3
+    places, share = principal_plane(points)
+    torch.testing.assert_close(torch.cdist(places, places), torch.cdist(plane, plane))
+    assert float(share.sum()) == pytest.approx(1)
+    assert share[0] >= share[1]
+
+
+@pytest.mark.parametrize("config", [token_config, task_config])
+def test_files_alone_tell_what_the_model_tells(tmp_path, config):
+    model = inject_rank_experts(bert(), config()).eval()
+    for i, (_, layer) in enumerate(adapted_layers(model)):
+        if config is token_config:
+            layer.rank_expert_router["default"].balance_bias += torch.linspace(-0.1, 0.1 + i / 100, 16)
+    save_rank_experts(model, tmp_path)
+    live = {layer.path: layer for layer in routing_report(model, [batch("bert") | {"task_ids": IDS}]).layers}
+    report = inspect_adapter(tmp_path)
+    assert {layer.path for layer in report.layers} == live.keys()
+    for layer in report.layers:
+        assert layer.load is None
+        assert layer.sizes == live[layer.path].sizes
+        for name in ("balance_bias", "task_embedding", "chosen_rank", "update_norm"):
+            mine, theirs = getattr(layer, name), getattr(live[layer.path], name)
+            assert (mine is None and theirs is None) or torch.equal(mine, theirs), name
+    expected = "Balancing bias" if config is token_config else "Tasks and ranks"
+    assert headings(report.to_html())[0] == expected
+    assert f"{sum(t.numel() for t in load_file(tmp_path / 'adapter_model.safetensors').values()):,}" in report.to_text()
+    if config is token_config:
+        line = next(line for line in report.to_text().splitlines() if line.startswith("classifier "))
+        assert "-0.100 … +0.230" in line
+
+
+def test_an_untrained_adapter_is_called_so(tmp_path):
+    save_rank_experts(inject_rank_experts(bert(), token_config(init_weights=True)), tmp_path)
+    texts = [found.text for found in inspect_adapter(tmp_path).findings]
+    assert any("B is zero in every layer" in text for text in texts)
+    assert any("Every balancing bias is zero" in text for text in texts)
+
+
+def test_files_that_do_not_fit_together_are_refused(tmp_path):
+    save_rank_experts(inject_rank_experts(bert(), task_config()), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.classifier.rank_expert_router.gate_bias"
+    for broken in ({key: torch.zeros(9)}, {key.replace("router.gate_bias", "B"): torch.zeros(3)}):
+        save_file(tensors | broken, file)
+        with pytest.raises(ValueError, match="classifier do not fit together"):
+            inspect_adapter(tmp_path)
+    save_file({name: tensor for name, tensor in tensors.items() if name != key}, file)
+    with pytest.raises(ValueError, match="classifier do not fit together"):
+        inspect_adapter(tmp_path)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        inspect_adapter(tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        inspect_adapter(tmp_path)
+
+
+def named(config):
+    config.base_model_name_or_path = "google-bert/bert-base-uncased"
+    return config
+
+
+@pytest.mark.filterwarnings("ignore:Unable to fetch remote file", "ignore:Could not find a config file")
+@pytest.mark.parametrize("config", [token_config, task_config])
+def test_the_card_is_one_that_the_hub_reads(tmp_path, config):
+    model = inject_rank_experts(bert(), named(config(task_type="SEQ_CLS")))
+    save_rank_experts(model, tmp_path)
+    card = ModelCard.load(tmp_path / CARD_FILE)
+    data = card.data.to_dict()
+    assert data["base_model"] == "google-bert/bert-base-uncased"
+    assert data["library_name"] == "peft"
+    assert data["pipeline_tag"] == "text-classification"
+    assert "rank-experts" in data["tags"]
+    assert ("smora" if config is token_config else "more") in data["tags"]
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == data
+    assert again.text == card.text
+    if config is task_config:
+        chosen = torch.stack([layer.chosen_rank for layer in inspect_adapter(tmp_path).layers]).double()
+        mean, low, high = float(chosen[:, 1].mean()), int(chosen[:, 1].min()), int(chosen[:, 1].max())
+        assert f"| mnli | {mean:.1f} ({low} to {high}) |" in card.text
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_the_card_s_snippet_runs(tmp_path, task_type):
+    base = tmp_path / "base"
+    bert().save_pretrained(base)
+    auto_class = AutoModel if task_type is None else AutoModelForSequenceClassification
+    model = inject_rank_experts(auto_class.from_pretrained(base), task_config(task_type=task_type)).eval()
+    folder = tmp_path / "adapter"
+    save_rank_experts(model, folder)
+    text = (folder / CARD_FILE).read_text()
+    assert "base_model" not in ModelCard(text).data.to_dict()  # a folder is no repository
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {"inputs": batch("bert", labels=False)}
+    exec(code.replace("this-adapter", str(folder)), names)
+    expected = model(**names["inputs"], task_ids="cola")
+    torch.testing.assert_close(names["outputs"][0], expected[0])
+    assert ("PeftModel.from_pretrained" in text) == (task_type is None)
+    if task_type is None:
+        wrapped = PeftModel.from_pretrained(auto_class.from_pretrained(base), folder)
+        torch.testing.assert_close(wrapped(**names["inputs"], task_ids="cola")[0], expected[0])
+
+
+def test_saving_replaces_its_own_card_and_no_other(tmp_path):
+    model = inject_rank_experts(bert(), task_config())
+    file = tmp_path / CARD_FILE
+    save_rank_experts(model, tmp_path)
+    first = file.read_text()
+    with torch.no_grad():
+        for _, layer in adapted_layers(model):
+            layer.rank_expert_router["default"].gate_bias[3] = 100.0
+    save_rank_experts(model, tmp_path)
+    second = file.read_text()
+    assert second != first
+    assert "| cola | 4.0 (4 to 4) |" in second
+    for edited in (second + "\nTrained with care.\n", second.replace("library_name: peft", "license: mit"), "# Mine\n"):
+        file.write_text(edited)
+        save_rank_experts(model, tmp_path)
+        assert file.read_text() == edited
+    file.write_bytes(b"\xff\xfe")
+    save_rank_experts(model, tmp_path)
+    assert file.read_bytes() == b"\xff\xfe"
+
+
+def test_names_in_a_card_stay_text():
+    config = task_config(tasks=["a|b", "---\ntags: [x]", "`<b>"], target_modules=["query"])
+    config.base_model_name_or_path = 'x"\nlicense: mit'
+    model = inject_rank_experts(bert(), config)
+    tensors = {}
+    for path, layer in adapted_layers(model):
+        prefix = f"base_model.model.{path}.rank_expert_"
+        tensors |= {f"{prefix}A": layer.rank_expert_A["default"], f"{prefix}B": layer.rank_expert_B["default"]}
+        state = layer.rank_expert_router["default"].state_dict()
+        tensors |= {f"{prefix}router.{name}": value for name, value in state.items()}
+    text = model_card(config, tensors)
+    data = ModelCard(text).data.to_dict()
+    assert "license" not in data
+    assert "base_model" not in data
+    assert "| a\\|b |" in text
+    assert "| --- tags: \\[x\\] |" in text
+    assert "\\`\\<b\\>" in text
+
+
+def test_the_report_writes_plain_text(tmp_path):
+    model = inject_rank_experts(llama(), token_config(target_modules=["q_proj"])).eval()
+    report = routing_report(model, [batch("llama")] * 3, max_batches=2)
+    assert "recorded   48 tokens" in str(report)
+    assert json.dumps(str(report))  # no surrogates
+    report.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == report.to_html()
