@@ -42,7 +42,11 @@ def test_keys_and_shapes_are_as_promised(kind, adapter_name, tmp_path):
         llama(), CONFIGS[kind](**({"task_embedding_dim": 8} if kind == "task" else {})), adapter_name
     )
     save_rank_experts(model, tmp_path, adapter_name)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     found = {name.removeprefix(LAYER): tuple(t.shape) for name, t in tensors.items() if name.startswith(LAYER)}
     assert found == PROMISED[kind]
