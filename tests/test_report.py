@@ -18,33 +18,34 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from helpers import TASKS, task_config, token_config
 from models import batch, bert, llama, t5
 from rank_experts import inject_rank_experts, merge_rank_experts, save_rank_experts, use_task
-from rank_experts.card import model_card
+from rank_experts.card import CARD_FILE, model_card
 from rank_experts.model import adapted_layers
 from rank_experts.report import inspect_adapter, record_routing, routing_report
 from rank_experts.report_charts import load_class, principal_plane
 from rank_experts.report_page import group_by_kind
-from rank_experts.storage import CARD_FILE
 
 IDS = torch.tensor([0, 2, 1, 0])
 
 
 def independent_counts(model, inputs, num_tasks=3):
-    """Count with forward hooks on the routers and a plain loop; (T + 1, E) by layer, row 0 without a task."""
+    """Count with forward hooks on the layers and a plain loop; (T + 1, E) by layer, row 0 without a task."""
     counts, handles = {}, []
     mask, ids = inputs["attention_mask"], inputs.get("task_ids")
     for path, layer in adapted_layers(model):
 
-        def count(module, args, routing, path=path):
-            table = torch.zeros(num_tasks + 1, routing.probabilities.shape[-1], dtype=torch.int64)
-            tokens = len(routing.indices) // len(mask)
-            for row, chosen in enumerate(routing.indices.tolist()):
+        def count(layer, args, path=path):
+            router = layer.rank_expert_router["default"]
+            scores = (args[0].reshape(-1, layer.in_features) @ router.weight.T).sigmoid() + router.balance_bias
+            table = torch.zeros(num_tasks + 1, len(router.weight), dtype=torch.int64)
+            tokens = len(scores) // len(mask)
+            for row, chosen in enumerate(scores.topk(router.top_k).indices.tolist()):
                 example, position = divmod(row, tokens)
                 if tokens == 1 or mask[example, position]:
                     for expert in chosen:
                         table[0 if ids is None else 1 + int(ids[example]), expert] += 1
             counts[path] = table
 
-        handles.append(layer.rank_expert_router["default"].register_forward_hook(count))
+        handles.append(layer.register_forward_pre_hook(count))
     with torch.no_grad():
         model(**inputs)
     for handle in handles:
@@ -83,15 +84,15 @@ def test_a_recording_counts_what_hooks_count(kind):
 
 def test_the_numbers_of_a_layer():
     model = inject_rank_experts(llama(), token_config()).eval()
-    routings = []
-    router = next(adapted_layers(model))[1].rank_expert_router["default"]
-    handle = router.register_forward_hook(lambda module, args, routing: routings.append(routing))
+    adapted, seen = next(adapted_layers(model))[1], []
+    handle = adapted.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     inputs = batch("llama")
     with record_routing(model) as stats:
         model(**inputs)
     handle.remove()
+    routings = [adapted.rank_expert_router["default"](seen[0].reshape(-1, adapted.in_features).detach())]
     layer, kept = stats.layers()[0], inputs["attention_mask"].reshape(-1).bool()
-    p = routings[0].probabilities[kept].double()
+    p = routings[0].probabilities[kept].detach().double()
     entropy = -(p * p.log()).sum(-1) / torch.tensor(16.0).log()
     assert layer.routing_entropy == pytest.approx(float(entropy.mean()))
     load = torch.bincount(routings[0].indices[kept].reshape(-1), minlength=16).double()

@@ -7,6 +7,7 @@ comment shows that nobody has changed ours; a card that somebody edited stays.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._version import __version__
+from ._warnings import warn_once
 from .config import RankExpertConfig
-from .statistics import LayerStatistics, layers_of_tensors
-from .storage import CARD_FILE
+from .statistics import TENSOR_NAME, LayerStatistics, layers_of_tensors
+from .storage import replace_file
 
+CARD_FILE = "README.md"
+
+_MAX_BYTES = 2**20
 _MARKER = re.compile(r"\n<!-- Written by rank-experts, [^\n]*: ([0-9a-f]{16}) -->\n")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _METHODS = {
@@ -49,7 +54,10 @@ def model_card(config: RankExpertConfig, tensors: Mapping[str, Tensor]) -> str:
     Example:
         >>> print(model_card(config, tensors))  # doctest: +SKIP
     """
-    layers = layers_of_tensors(tensors, config)
+    # Of tensors that are spread over processes, or on no device, this process cannot see the values.
+    whole = all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta for tensor in tensors.values())
+    layers = layers_of_tensors(tensors, config) if whole else []
+    num_layers = len({match["path"] for name in tensors if (match := TENSOR_NAME.fullmatch(name))})
     tag, name, paper, sentence = _METHODS[config.router]
     experts = f"{config.top_k} of {config.num_experts} experts" + (
         " (each of them one rank)" if config.expert_rank == 1 else f" of {config.expert_rank} ranks"
@@ -59,7 +67,7 @@ def model_card(config: RankExpertConfig, tensors: Mapping[str, Tensor]) -> str:
     parts = [
         f"# {name} adapter" + (f" for {_plain(base)}" if base else ""),
         f"{sentence} Method: [{name}](https://arxiv.org/abs/{paper}). Made with rank-experts, a PEFT-style library.",
-        _routing(config, layers),
+        _routing(config, layers, num_layers),
         _loading(config),
     ]
     body = "\n\n".join(part for part in parts if part) + "\n"
@@ -79,16 +87,28 @@ def is_unedited(text: str) -> bool:
     return match is not None and match[1] == _digest(text[: match.start()], text[match.end() + 1 :])
 
 
-def may_write_card(folder: Path) -> bool:
-    """Say whether a card may be written into a folder: there is none, or ours, unedited."""
-    file = folder / CARD_FILE
-    if not file.is_symlink() and not file.exists():
+def may_replace(file: Path) -> bool:
+    """Say whether a card may be written in a file's place: there is none, or ours, unedited."""
+    if not os.path.lexists(file):
         return True
+    if file.is_symlink() or not file.is_file() or file.stat().st_size > _MAX_BYTES:
+        return False
     try:
         # Bytes, because reading as text would hide changed line ends.
-        return file.is_file() and is_unedited(file.read_bytes().decode("utf-8"))
+        return is_unedited(file.read_bytes().decode("utf-8"))
     except UnicodeDecodeError:
         return False
+
+
+def write_card(folder: Path, config: RankExpertConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the model card of an adapter that was just saved, unless the folder has somebody's own.
+
+    Where the card cannot be written, a warning says so: the adapter is saved and whole without it.
+    """
+    try:
+        replace_file(folder, CARD_FILE, model_card(config, tensors).encode(), may_replace)
+    except OSError as error:
+        warn_once(f"The adapter is saved in {folder}, but its {CARD_FILE} could not be written: {error}.")
 
 
 def _digest(front: str, body: str) -> str:
@@ -108,10 +128,10 @@ def _front_matter(config: RankExpertConfig, tag: str) -> ModelCardData:
     return ModelCardData(**fields)
 
 
-def _routing(config: RankExpertConfig, layers: Sequence[LayerStatistics]) -> str:
+def _routing(config: RankExpertConfig, layers: Sequence[LayerStatistics], num_layers: int) -> str:
     rows = [
         ("base model", _plain(config.base_model_name_or_path or "not recorded")),
-        ("adapted layers", str(len(layers))),
+        ("adapted layers", str(num_layers)),
         ("ranks r, alpha", f"{config.r}, {config.alpha:g}"),
     ]
     if config.router == "token":

@@ -19,18 +19,10 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .card import may_write_card, model_card
+from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
 from .model import Target, find_targets, inject_rank_experts
-from .storage import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_tensor,
-    is_finite,
-    read_pair,
-    read_weights,
-    write_pair,
-)
+from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, is_finite, read_pair, read_weights, write_pair
 
 PREFIX = "base_model.model."
 
@@ -39,9 +31,10 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     """Save an adapter: `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads too.
 
     The two files change in one step: a process that is killed, or a disk that is full, leaves the old adapter or the
-    new one, never a mixture. Processes that save to one folder wait for each other.
+    new one, never a mixture. Processes that save to one folder wait for each other. A model card, README.md, comes
+    with them, unless the folder has one that we did not write or that was edited.
+
     In a distributed run the first process writes. Under FSDP2 all processes must call, because each holds a part.
-    A model card, README.md, comes with it, unless the folder has one that we did not write or that was edited.
 
     Args:
         model: With the adapter, wrapped in a `PeftModel` or not.
@@ -68,9 +61,8 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
                 f"{name} of adapter {adapter_name!r} has values that are not finite: the training diverged. Nothing is "
                 f"written to {path}; go back to an earlier checkpoint."
             )
-    folder = Path(path)
-    card = model_card(config, tensors) if may_write_card(folder) else None
-    write_pair(folder, config_to_json(config), tensors, card)
+    write_pair(Path(path), config_to_json(config), tensors)
+    write_card(Path(path), config, tensors)
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:

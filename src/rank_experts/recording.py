@@ -219,7 +219,8 @@ def record_routing(model: nn.Module, tasks: Sequence[str] | None = None) -> Iter
     Counts tokens that are not padding. What gradient checkpointing computes a second time is counted once. Under data
     parallelism every rank counts its own; `stats.all_reduce()` adds them up. Compiled models run uncompiled within
     the block (`torch.compiler.set_stance`), because nobody can look into a compiled graph: record some batches, not a
-    whole training. Holds in this thread (and its coroutines) alone, as `use_task` does.
+    whole training. Holds in this thread (and its coroutines) alone, as `use_task` does. Where blocks are checkpointed
+    by hand, let the backward pass lie within the block too: torch refuses a recomputation that computes less.
 
     Token routers need no tasks, but their use is told apart by task where `task_ids` are passed to the model.
 

@@ -8,6 +8,7 @@ Both return a `RoutingReport`. The counting is in `recording.py`, the page in `r
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import RankExpertConfig
-from .files import WEIGHTS_FILE, read_config, read_tensors
+from .config import RankExpertConfig, read_fields
+from .files import check_tensors
 from .findings import Finding, find
 from .recording import record_routing
 from .statistics import TENSOR_NAME, LayerStatistics, layers_of_tensors
+from .storage import CONFIG_FILE, WEIGHTS_FILE, read_pair, read_weights
 
 __all__ = ["RoutingReport", "inspect_adapter", "record_routing", "routing_report"]
 
@@ -266,10 +267,13 @@ def inspect_adapter(path: str | os.PathLike[str], log_history: Sequence[Mapping[
         >>> print(inspect_adapter("my-adapter"))  # doctest: +SKIP
     """
     folder = Path(path)
-    config = read_config(folder)
-    tensors = read_tensors(folder, _shapes(folder), config)
+    config_bytes, saved_config, weights = read_pair(folder)
+    config = RankExpertConfig(**read_fields(folder / CONFIG_FILE, config_bytes, saved_config))
+    weights = read_weights(folder) if weights is None else weights  # raises, and says what is there instead
+    shapes, integers = _header(folder, weights)
+    tensors = check_tensors(folder, weights, shapes, config, integers=integers)
     layers = layers_of_tensors(tensors, config)
-    size = (folder / WEIGHTS_FILE).stat().st_size
+    size = len(weights)
     facts = _facts(config, layers) | {
         "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}{_by_role(tensors)}",
         "file": f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB",
@@ -277,16 +281,16 @@ def inspect_adapter(path: str | os.PathLike[str], log_history: Sequence[Mapping[
     return RoutingReport(f"Adapter {folder.resolve().name}", facts, layers, config, tuple(log_history))
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    # What the file says it holds; read_tensors reports a missing file, dtypes and values.
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        return {}
+def _header(folder: Path, weights: bytes) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    # Name to shape as the file claims them, and which of the modules_to_save hold no floating-point numbers.
+    entries = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    entries.pop("__metadata__", None)
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}. Save the adapter again.") from None
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        kinds = {name: str(entry["dtype"]) for name, entry in entries.items()}
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: save or download the adapter again.") from None
+    return shapes, {name for name, kind in kinds.items() if not TENSOR_NAME.fullmatch(name) and "F" not in kind}
 
 
 def _by_role(tensors: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,6 @@ except ImportError:  # Windows
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-CARD_FILE = "README.md"
 
 MAX_CONFIG_BYTES = 16 * 2**20
 """A larger `adapter_config.json` is refused unread; a hundred thousand task names fit."""
@@ -229,14 +228,13 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def write_pair(folder: Path, config: str, tensors: dict[str, Tensor], card: str | None = None) -> None:
+def write_pair(folder: Path, config: str, tensors: dict[str, Tensor]) -> None:
     """Replace an adapter's config and weights in one step; where anything fails, the old ones stay.
 
     Args:
         folder: Made where it is missing. Processes that save to it at once wait for each other.
         config: JSON for `adapter_config.json`.
         tensors: Name to a contiguous tensor on the CPU.
-        card: Text for README.md, written after the two; None: leave it.
 
     Raises:
         OSError: The disk is full, the folder cannot be written, …; the message says what was needed.
@@ -255,8 +253,6 @@ def write_pair(folder: Path, config: str, tensors: dict[str, Tensor], card: str 
             header += b" " * (-len(header) % 8)
             start = len(header).to_bytes(8, "little")
             _replace_both(folder, [start, header, data], [config.encode()])
-            if card is not None:
-                _replace_file(folder / CARD_FILE, card.encode())
     except OSError as error:
         size = header_size + len(data)
         raise OSError(error.errno, _why_not_saved(folder, error, size)) from error
@@ -270,7 +266,11 @@ def _replace_both(folder: Path, weights: list[Any], config: list[bytes]) -> None
         for name, parts in ((WEIGHTS_FILE, weights), (CONFIG_FILE, config)):
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
             staged.append(Path(temporary))
-            _fill(handle, temporary, parts)
+            with os.fdopen(handle, "wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
         for temporary_path, name in zip(staged, (WEIGHTS_FILE, CONFIG_FILE)):
             os.replace(temporary_path, folder / name)
             _sync(folder)  # In this order on the disk too, where the power fails.
@@ -280,22 +280,30 @@ def _replace_both(folder: Path, weights: list[Any], config: list[bytes]) -> None
         raise
 
 
-def _fill(handle: int, path: str, parts: list[Any]) -> None:
-    with os.fdopen(handle, "wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(path, 0o666 & ~_umask())
+def replace_file(folder: Path, name: str, data: bytes, allowed: Callable[[Path], bool]) -> None:
+    """Replace one more file beside the pair, in one step, or leave it.
 
-
-def _replace_file(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        _fill(handle, temporary, [content])
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    Args:
+        folder: Which exists. Processes that save to it at once wait for each other.
+        name: The file's.
+        data: Its new bytes.
+        allowed: Asked with the file's path while nobody else saves; False: leave it.
+    """
+    with _locked(folder) as alone:
+        if not allowed(folder / name):
+            return
+        prefix = f".{name}.saving."  # not what an editor calls its own copy of the file
+        for path in folder.glob(f"{prefix}*") if alone else ():
+            path.unlink(missing_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=prefix)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, folder / name)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def _digest_of_old_config(folder: Path) -> str:
@@ -329,7 +337,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 def _remove_leftovers(folder: Path) -> None:
     # Of saves that were killed: nobody else writes while the lock is held.
-    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
         for path in folder.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
 
