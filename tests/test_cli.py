@@ -179,4 +179,3 @@ def test_help_is_quick_and_imports_nothing_heavy():
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert all(name in shown for name in ("train", "evaluate", "merge", "export", "inspect", "demo"))
     assert shown.rstrip().endswith("[]")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -55,6 +55,8 @@ def test_every_kind_is_tokenised(made):
 def test_a_long_prompt_is_cut_at_its_beginning(tmp_path):
     data, tokenizer = prepared(write_recipe(tmp_path, "causal"), "model.max_length=4")
     example = data["first"].train[0]
+    words = json.loads((tmp_path / "first" / "train.jsonl").read_text().splitlines()[0])["sentence"].split()
+    assert tokenizer.convert_ids_to_tokens(example["input_ids"][:2]) == words[-2:]
     assert len(example["input_ids"]) == 4
     assert tokenizer.convert_ids_to_tokens(example["labels"][2:])[1] == "[EOS]"
     assert data["first"].cut == 1.0
