@@ -29,9 +29,14 @@ def test_what_fails_leaves_everything_as_it_was(tmp_path, existing):
         (tmp_path / "target").mkdir()
         (tmp_path / "target/one").write_text("old")
     before = names(tmp_path)
-    with pytest.raises(RuntimeError), staged_folder(tmp_path / "target") as folder:
-        (folder / "one").write_text("new")
-        raise RuntimeError
+
+    def fail():
+        with staged_folder(tmp_path / "target") as folder:
+            (folder / "one").write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert names(tmp_path) == before
     if existing:
         assert (tmp_path / "target/one").read_text() == "old"
