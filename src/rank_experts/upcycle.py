@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from .config import RankExpertConfig
 from .export import name_targets
-from .files import PREFIX
 from .lora_files import LoraCheckpoint, read_lora
 from .model import adapted_layers, find_targets, inject_rank_experts
 from .routing import TokenRouter
@@ -228,16 +226,13 @@ def _check_fit(model: nn.Module, config: RankExpertConfig, checkpoints: dict[str
                 )
 
 
+@torch.no_grad()
 def _fill(model: nn.Module, adapter_name: str, blocks: dict[str, list[tuple[slice, Tensor, Tensor]]]) -> None:
     # A of unused ranks keeps its random start, so that B = 0 there can be trained away from zero.
-    tensors = {}
     for path, layer in adapted_layers(model):
         if adapter_name not in layer.rank_expert_A:
             continue
-        A = layer.rank_expert_A[adapter_name].detach().clone()
-        B = torch.zeros_like(layer.rank_expert_B[adapter_name])
+        A, B = layer.rank_expert_A[adapter_name], layer.rank_expert_B[adapter_name]
+        B.zero_()
         for ranks, own_A, own_B in blocks[path]:
             A[ranks], B[:, ranks] = own_A.to(A), own_B.to(B)
-        tensors[f"{PREFIX}{path}.rank_expert_A"] = A
-        tensors[f"{PREFIX}{path}.rank_expert_B"] = B
-    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
