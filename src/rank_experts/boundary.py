@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class RoutedForward:
         self.names = tuple(signature.parameters)
         self.__signature__ = _with_task_ids(signature)
         self.guards: tuple[RemovableHandle, ...] = ()
+
+    @property
+    def __code__(self) -> CodeType:
+        """What `torch.export` asks of any forward."""
+        return type(self).__call__.__code__
 
     def __call__(self, *args: Any, task_ids: Tasks | None = None, **kwargs: Any) -> Any:
         """Forward with a call around it; `task_ids` are (batch,) ids, a task's name, or a name an example."""
