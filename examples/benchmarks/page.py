@@ -36,18 +36,13 @@ def layers(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         size = [row["tokens"], row["width"], row["dtype"]]
         spread = row["times"]["smora"]
-        times.append(
-            size
-            + [row["overhead"].get(kind, "") for kind in KINDS]
-            + [row["total"]["smora"], f"{spread['median_ms']:.2f} ({spread['low_ms']:.2f} – {spread['high_ms']:.2f})"]
-        )
+        milliseconds = f"{spread['median_ms']:.2f} ({spread['low_ms']:.2f} – {spread['high_ms']:.2f})"
+        overheads = [row["overhead"].get(kind, "") for kind in KINDS]
+        times.append([*size, *overheads, row["total"]["smora"], milliseconds])
         peak, saved = row["peak_bytes"], row["saved_bytes"]
-        memory.append(
-            size
-            + [round(peak["smora"] / peak["lora64"], 2), round(peak["more8 one task"] / peak["lora8"], 2)]
-            + [round(saved["smora"] / saved["lora64"], 3)]
-            + [round(saved["published"] / saved["smora"]) if "published" in saved else ""]
-        )
+        peaks = [round(peak["smora"] / peak["lora64"], 2), round(peak["more8 one task"] / peak["lora8"], 2)]
+        published = round(saved["published"] / saved["smora"]) if "published" in saved else ""
+        memory.append([*size, *peaks, round(saved["smora"] / saved["lora64"], 3), published])
     size = ["tokens", "width", "dtype"]
     return "\n\n".join(
         [
