@@ -71,6 +71,7 @@ def whole(name: str, title: str, keys: list[str], unit: str) -> str:
 
 def plot(result: dict[str, Any]) -> None:
     """Draw overhead over tokens."""
+    matplotlib.rcParams["svg.hashsalt"] = "rank_experts"  # The same results give the same file.
     figure, axes = pyplot.subplots(figsize=(7, 4))
     sizes = sorted({(row["width"], row["dtype"]) for row in result["rows"]})
     for width, dtype in sizes:
