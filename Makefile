@@ -38,6 +38,7 @@ bench: $(STAMP) ## measure layers, training steps and decoding; results go to do
 	$(BENCH)/layer.py
 	$(BENCH)/training_step.py
 	$(BENCH)/decode.py
+	$(BENCH)/page.py
 
 works-with: $(STAMP) ## run the tests of trl, bitsandbytes, torchao and lm_eval, which `make test` skips
 	$(PIP) -e ".[dev,works-with]"

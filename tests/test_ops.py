@@ -347,14 +347,16 @@ def test_a_trained_bias_of_the_base_layer_gets_its_gradient(kind):
     torch.testing.assert_close(layer.base_layer.bias.grad, torch.full((32,), 40.0))
 
 
-def test_a_base_layer_with_a_forward_of_its_own_is_called():
+def test_a_base_layer_with_a_forward_of_its_own_is_called_and_differentiated():
     layer = adapted("token")
-    layer.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], 32)
-    x = torch.randn(40, 32)
+    layer.base_layer.forward = lambda x: 3 * x
+    x = torch.randn(40, 32, requires_grad=True)
     A, B = layer.rank_expert_A["default"], layer.rank_expert_B["default"]
     gates = layer.rank_expert_router["default"](x).gates
-    expected = rank_experts_reference(torch.zeros(40, 32), x, A, B, gates, layer.scale("default"))
-    torch.testing.assert_close(layer(x), expected)
+    expected = rank_experts_reference(3 * x, x, A, B, gates, layer.scale("default"))
+    y, dy = layer(x), torch.randn(40, 32)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, dy)[0] for out in (y, expected)), rtol=1e-4, atol=1e-4)
 
 
 def test_an_input_changed_after_forward_is_noticed():

@@ -93,7 +93,7 @@ def rank_experts(
         announce("fused PyTorch function")
         return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
     kernels = _kernels(x, A, gate, dtype)
-    announce(f"fused function, gate in {'PyTorch' if kernels.__name__.endswith('.gate') else 'Triton'}")
+    announce("fused function, gate in PyTorch" if kernels is torch_gate else "fused function, gate in Triton")
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
     y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
     return Adapted(y, indices)
