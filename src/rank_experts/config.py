@@ -165,9 +165,12 @@ class RankExpertConfig(PeftConfig):
 
     @classmethod
     def mixture(
-        cls, num_experts: int = 8, expert_rank: int = 8, top_k: int = 1, alpha: float = 16, **kwargs: Any
+        cls, num_experts: int = 8, expert_rank: int = 8, top_k: int = 2, alpha: float = 16, **kwargs: Any
     ) -> RankExpertConfig:
-        """Build a mixture of `num_experts` LoRAs of `expert_rank` ranks each, `top_k` of them active a token."""
+        """Build a mixture of `num_experts` LoRAs of `expert_rank` ranks each, `top_k` of them active a token.
+
+        With top_k = 1 a token's one gate is 1 whatever its score, so the task loss does not train the router.
+        """
         r = num_experts * expert_rank
         return cls(router="token", r=r, expert_rank=expert_rank, top_k=top_k, alpha=alpha, **kwargs)
 
