@@ -545,7 +545,7 @@ while kill < kills:
     if finished:
         break
 save_rank_experts(models[0], folder)
-assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS], os.listdir(folder)
+assert sorted(os.listdir(folder)) == ["README.md", CONFIG, WEIGHTS], os.listdir(folder)
 print(kill, *found, mixed)
 """
 
@@ -596,7 +596,7 @@ while children:
         if done:
             assert os.WEXITSTATUS(status) == 7
             children.remove(pid)
-assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+assert sorted(os.listdir(folder)) == ["README.md", CONFIG, WEIGHTS]
 metadata_config = metadata(folder)["rank_experts_config"]
 assert metadata_config == (folder / CONFIG).read_text()
 print(loads)
