@@ -501,6 +501,19 @@ def test_saving_replaces_its_own_card_and_no_other(tmp_path):
     file.write_bytes(b"\xff\xfe")
     save_rank_experts(model, tmp_path)
     assert file.read_bytes() == b"\xff\xfe"
+    file.unlink()
+    (tmp_path / "notes.md").write_text(second)
+    file.symlink_to("notes.md")  # ours and unedited, but kept elsewhere
+    save_rank_experts(model, tmp_path)
+    assert file.is_symlink()
+
+
+def test_a_folder_is_no_repository(tmp_path, monkeypatch):
+    config = named(token_config())
+    assert ModelCard(model_card(config, {})).data.base_model == "google-bert/bert-base-uncased"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "google-bert" / "bert-base-uncased").mkdir(parents=True)
+    assert "base_model" not in ModelCard(model_card(config, {})).data.to_dict()
 
 
 def test_names_in_a_card_stay_text():

@@ -285,10 +285,6 @@ def _(x: Tensor, scope_key: int, adapter: str, path: str) -> Tensor:
     return x.new_empty(x.numel() // x.shape[-1], dtype=torch.int64)
 
 
-def _ignore(*args: Any) -> None:
-    pass
-
-
 class CheckpointInCall:
     """A checkpoint function that takes the current call along into the block and into its recomputation.
 
@@ -309,9 +305,9 @@ class CheckpointInCall:
         runs: list[tuple[Call, bool]] = []
 
         def run(*inner_args: Any, **inner_kwargs: Any) -> tuple[Any, ...]:
-            # A recomputation is not observed again, but computes, and saves for the backward pass, what the first
-            # run did: a layer that is watched computes more.
-            with call.fork(observers=(_ignore,) * len(call.observers) if runs else call.observers) as own:
+            # The observers come along into the recomputation, which must save what the first run saved: a layer that
+            # is watched computes more. What it reports then, `Call.observe` drops.
+            with call.fork() as own:
                 outputs = function(*inner_args, **inner_kwargs)
             is_tuple = isinstance(outputs, tuple)
             runs.append((own, is_tuple))
