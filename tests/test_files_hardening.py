@@ -394,6 +394,16 @@ def test_modules_to_save_keep_the_kind_of_their_numbers(tmp_path):
         load_rank_experts(bert(), tmp_path)
 
 
+def test_two_copies_of_a_bias_that_differ_are_refused(tmp_path):
+    config = token_config(target_modules=["query"], modules_to_save=["classifier"], bias="all")
+    save_rank_experts(inject_rank_experts(bert(), config), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = "base_model.model.classifier.modules_to_save.bias"
+    save_file(tensors | {name: tensors[name] + 1}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"two copies of one tensor and differ"):
+        load_rank_experts(bert(), tmp_path)
+
+
 def test_a_second_adapter_with_modules_to_save_is_loaded(tmp_path):
     config = token_config(target_modules=["query"], modules_to_save=["classifier"])
     save_rank_experts(inject_rank_experts(bert(), config), tmp_path)

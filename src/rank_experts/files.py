@@ -343,6 +343,10 @@ def check_tensors(
         raise ValueError(f"{file} holds unexpected tensors: {_few(unexpected)}.{hint}")
     for name, shape in expected.items():
         check_tensor(f"{file}: {name}", tensors[name], shape, name not in integers, hint)
+    for name in tensors:
+        copied = name.removesuffix(".modules_to_save.bias") + ".bias"
+        if name.endswith(".modules_to_save.bias") and bool((tensors[name] != tensors[copied]).any()):
+            raise ValueError(f"{file}: {name} and {copied} are two copies of one tensor and differ. Save it again.")
     return tensors
 
 
