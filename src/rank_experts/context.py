@@ -246,9 +246,10 @@ def task_ids_of_layer(scope: RoutingScope, adapter: str, x: Tensor, path: str) -
     ids = call.task_ids(adapter, x.device)
     if num_rows == 0:
         return ids[:0]
-    if len(ids) == 0 or num_rows % len(ids) or (x.dim() > 2 and x.shape[0] % len(ids)):
+    num_ids = ids.shape[0]  # not len(), which makes a constant of a size that torch.export is to leave open
+    if num_ids == 0 or num_rows % num_ids or (x.dim() > 2 and x.shape[0] % num_ids):
         raise ValueError(
-            f"{path}: {len(ids)} task ids for an input of shape {tuple(x.shape)}. Expected one id for each example of "
+            f"{path}: {num_ids} task ids for an input of shape {tuple(x.shape)}. Expected one id for each example of "
             "the batch (rows that an example spans, its tokens or beams, must be adjacent)."
         )
     return ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -67,7 +68,14 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        yield key if key.startswith(PREFIX) else PREFIX + key, tensor
+        if not _without_adapter(key):
+            yield key if key.startswith(PREFIX) else PREFIX + key, tensor
+
+
+def _without_adapter(name: str) -> str:
+    # PEFT 0.19 writes the model's other adapters beside the one that is saved, with their names in the tensors' names.
+    found = re.fullmatch(r"(.*\.rank_expert_(?:A|B))\.[^.]+|(.*\.rank_expert_router)\.[^.]+(\.\w+)", name)
+    return "" if found is None else found[1] or found[2] + found[3]
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -339,6 +347,7 @@ def check_tensors(
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{file} lacks {_few(missing)}.{hint}")
     expected = expected | {name: shape for name, shape in (optional or {}).items() if name in tensors}
+    tensors = {name: tensor for name, tensor in tensors.items() if _without_adapter(name) not in expected}
     if unexpected := sorted(tensors.keys() - expected.keys()):
         raise ValueError(f"{file} holds unexpected tensors: {_few(unexpected)}.{hint}")
     for name, shape in expected.items():

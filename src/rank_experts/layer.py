@@ -208,7 +208,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
             mask = call.token_mask(x)
-            examples = x.reshape(len(ids), -1, self.in_features)
+            examples = x.reshape(ids.shape[0], -1, self.in_features)
             mask = None if mask is None else mask.view(examples.shape[:2])
             pooled = pool_examples(examples, mask, settings.pooling)
             present = None if mask is None else mask.any(1)
@@ -216,7 +216,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
         routing: Routing = router(ids)
         self._observe(routing, x, adapter_name)
-        if torch.compiler.is_compiling() or not len(ids) or ids.device.type != "cpu":
+        if torch.compiler.is_compiling() or not ids.shape[0] or ids.device.type != "cpu":
             return routing.gates, router.r  # An accelerator would have to be waited for.
         used = int(routing.indices.max())
         return routing.gates[:, :used], used

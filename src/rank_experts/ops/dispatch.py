@@ -141,8 +141,9 @@ def _reference(
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(A.dtype)
     source = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
-    if isinstance(gates, Tensor) and len(gates) not in (1, len(source)):
-        gates = gates.repeat_interleave(len(source) // len(gates), 0)
+    # Not len(), which makes a constant of a size that torch.export is to leave open.
+    if isinstance(gates, Tensor) and gates.shape[0] not in (1, source.shape[0]):
+        gates = gates.repeat_interleave(source.shape[0] // gates.shape[0], 0)
     flat = rank_experts_reference(y.reshape(-1, y.shape[-1]), source, A, B, gates, scale)  # type: ignore[arg-type]
     return Adapted(flat.reshape(y.shape), None if routing is None else routing.indices, routing)
 
