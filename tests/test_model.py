@@ -137,6 +137,17 @@ def test_modules_to_save_are_trained_saved_and_loaded(tmp_path):
     assert not torch.equal(loaded.classifier.modules_to_save["default"].weight, bert().classifier.weight)
 
 
+def test_a_task_type_trains_and_saves_its_head_as_peft_does(tmp_path):
+    model = inject_rank_experts(bert(), token_config(target_modules=["query"], task_type="SEQ_CLS")).eval()
+    assert model.classifier.modules_to_save["default"].weight.requires_grad
+    with torch.no_grad():
+        model.classifier.modules_to_save["default"].weight.add_(1.0)
+    save_rank_experts(model, tmp_path)
+    expected = model(**batch("bert")).logits
+    for loaded in (PeftModel.from_pretrained(bert(), tmp_path), load_rank_experts(bert(), tmp_path)):
+        assert torch.equal(loaded.eval()(**batch("bert")).logits, expected)
+
+
 def test_default_targets_are_pefts():
     config = RankExpertConfig.smora(r=8, top_k=2)
     assert {path.rpartition(".")[2] for path in find_targets(llama(), config)} == {"q_proj", "v_proj"}

@@ -28,6 +28,13 @@ from .layer import AdapterSettings, RankExpertLinear, in_out_features, stacked_e
 from .routing import TaskRouter, TokenRouter
 from .storage import check_tensor, is_finite
 
+# What PeftModel's classes by task type train and save in full.
+_HEADS: dict[str | None, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 class Target(NamedTuple):
     """A module that a config adapts.
@@ -411,7 +418,8 @@ def inject_rank_experts(
 
     Args:
         model: Any model with linear layers; it keeps its class and its methods.
-        config: What to inject and where.
+        config: What to inject and where. A task_type whose head is new to the model (SEQ_CLS, TOKEN_CLS,
+            QUESTION_ANS) adds that head to modules_to_save, as `get_peft_model` does.
         adapter_name: A name that the model does not have yet. The new adapter becomes the active one.
         autocast_adapter_dtype: Keep the adapter in float32 where the base is float16 or bfloat16, as PEFT does.
         low_cpu_mem_usage: Create the adapter on the meta device, to be filled by loading.
@@ -440,8 +448,10 @@ def inject_rank_experts(
                 f"{path} has an adapter {adapter_name!r} already. Choose another adapter_name, or delete the old one "
                 "first."
             )
-    find_targets(model, config)
     config = copy.deepcopy(config)  # PEFT writes what "all-linear" stands for into the config that it is given.
+    if heads := _HEADS.get(config.task_type):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+    find_targets(model, config)
     if config.base_model_name_or_path is None and isinstance(model, PreTrainedModel):
         config.base_model_name_or_path = model.name_or_path or None
     tuner = RankExpertModel(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
