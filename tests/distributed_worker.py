@@ -73,10 +73,10 @@ def run(accelerator: Accelerator, gate: str, engine: str, folder: Path) -> None:
     losses = [float(accelerator.gather(loss).mean()) for loss in train(model, gate, rank, accelerator.num_processes)]
     plain = accelerator.unwrap_model(model)
     written = []
-    save_file = files.save_file
-    files.save_file = lambda *args, **kwargs: written.append(1) or save_file(*args, **kwargs)
+    write_pair = files.write_pair
+    files.write_pair = lambda *args, **kwargs: written.append(1) or write_pair(*args, **kwargs)
     save_rank_experts(plain, folder / gate / "ours")
-    files.save_file = save_file
+    files.write_pair = write_pair
     report = {
         "engine": type(model).__name__,
         "sharded": sum(isinstance(p, DTensor) for p in model.parameters()),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import models
 from rank_experts import RankExpertConfig, inject_rank_experts
@@ -169,7 +169,7 @@ def test_load_statistics_are_their_definitions(monkeypatch):
     loads = {("a", "default"): torch.tensor([3.0, 1.0, 0.0, 0.0])}
     monkeypatch.setattr("rank_experts.trainer.update_router_bias", lambda model: loads)
     for _ in range(2):
-        callback.on_optimizer_step(None, None, None, model=torch.nn.Linear(1, 1))
+        callback.on_optimizer_step(None, TrainerState(), None, model=torch.nn.Linear(1, 1))
     share = np.array([3, 1, 0, 0])
     expected = {"load_cv": share.std(), "load_max": 3.0, "load_idle": 0.5}
     assert callback.take_statistics() == pytest.approx(expected, abs=1e-4)
