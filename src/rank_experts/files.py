@@ -54,14 +54,14 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
         key: _whole(tensor.detach()).to("cpu").contiguous().clone()
         for key, tensor in _adapter_tensors(model, adapter_name)
     }
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-        return
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise ValueError(
                 f"{name} of adapter {adapter_name!r} has values that are not finite: the training diverged. Nothing is "
                 f"written to {path}; go back to an earlier checkpoint."
             )
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
     write_pair(Path(path), config_to_json(config), tensors)
     write_card(Path(path), config, tensors)
 

@@ -26,7 +26,7 @@ from .train import TrainingSettings, accuracy, predict, train
 
 TRAIN_SIZE, HELD_OUT_SIZE = 2880, 320  # examples a task
 MERGED_TASK = "signature"
-STEPS, BATCH_SIZE = 240, 32
+STEPS, BATCH_SIZE = 280, 32
 TOLERANCE = 1e-4  # of a merged model's logits, in float32
 _DESCRIPTION = "Train LoRA, SMoRA and MoRE on four tasks mined from Python's standard library and compare them."
 
