@@ -87,6 +87,7 @@ def test_inductor(gate):
     assert_same_gradients(gradients(model), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_compiled_peft_model(gate):
     model = peft_model(gate, task_type="CAUSAL_LM", target_modules=["q_proj"]).eval()
@@ -138,6 +139,7 @@ def test_generation_with_a_static_cache(gate):
     assert torch.equal(generate(cache_implementation="static"), expected)
 
 
+@pytest.mark.slow
 @EVERY
 def test_export(gate):
     model = tiny(gate).eval()
