@@ -128,6 +128,13 @@ def test_auxiliary_losses_are_part_of_the_loss(kind, return_dict):
     assert loss > plain
 
 
+def test_one_task_for_a_whole_batch_contrasts_each_of_its_examples():
+    model = inject_rank_experts(llama(), task_config()).train()
+    one = model(**batch("llama"), task_ids="rte").rank_expert_loss
+    each = model(**batch("llama"), task_ids=torch.tensor([2, 2, 2, 2])).rank_expert_loss
+    torch.testing.assert_close(one, each)
+
+
 def test_the_auxiliary_loss_is_the_mean_over_layers():
     inputs = batch("llama")
     inputs.pop("attention_mask")

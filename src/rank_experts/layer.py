@@ -208,11 +208,12 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
             mask = call.token_mask(x)
-            examples = x.reshape(ids.shape[0], -1, self.in_features)
+            example_ids = _one_id_an_example(ids, x)
+            examples = x.reshape(example_ids.shape[0], -1, self.in_features)
             mask = None if mask is None else mask.view(examples.shape[:2])
             pooled = pool_examples(examples, mask, settings.pooling)
             present = None if mask is None else mask.any(1)
-            loss = router.contrast(pooled, ids, settings.contrastive_temperature, present)
+            loss = router.contrast(pooled, example_ids, settings.contrastive_temperature, present)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
         routing: Routing = router(ids)
         self._observe(routing, x, adapter_name)
@@ -416,6 +417,15 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether PEFT may convert this layer's adapter to LoRA: only a dense one is static."""
         return self._router(adapter_name) is None
+
+
+def _one_id_an_example(ids: Tensor, x: Tensor) -> Tensor:
+    # (B,) for x (B, …, d_in) from ids that may be one for all, or one a token (from within a compiled graph).
+    if x.dim() < 3 or ids.shape[0] == x.shape[0]:
+        return ids
+    if ids.shape[0] == 1:
+        return ids.expand(x.shape[0])
+    return ids.view(x.shape[0], -1)[:, 0] if ids.shape[0] > x.shape[0] else ids
 
 
 def in_out_features(module: nn.Module, path: str) -> tuple[int, int]:
