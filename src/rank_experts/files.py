@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
-from .model import Target, find_targets, inject_rank_experts
+from .inject import inject_rank_experts
 from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, is_finite, read_pair, read_weights, write_pair
+from .targets import Target, find_targets
 
 PREFIX = "base_model.model."
 
