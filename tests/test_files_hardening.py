@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -167,6 +168,17 @@ def test_a_pickle_is_refused_by_name(tmp_path):
         with pytest.raises(FileNotFoundError, match="is a pickle"):
             wrapped.load_adapter(tmp_path, name)
         assert_unchanged(wrapped, before)
+
+
+def test_no_line_of_the_library_reads_or_writes_a_pickle():
+    for file in Path(storage.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "dill", "joblib", "shelve"} & set(names), file
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                assert called not in ("torch.load", "torch.save", "np.load", "numpy.load"), file
 
 
 def test_other_methods_are_left_alone(tmp_path):

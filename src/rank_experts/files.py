@@ -15,15 +15,22 @@ from pathlib import Path
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
 from .model import Target, find_targets, inject_rank_experts
-from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, is_finite, read_pair, read_weights, write_pair
+from .storage import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_tensor,
+    is_finite,
+    parse_weights,
+    read_pair,
+    read_weights,
+    write_pair,
+)
 
 PREFIX = "base_model.model."
 
@@ -325,7 +332,7 @@ def check_tensors(
 
     Args:
         folder: Where it lies, for messages.
-        weights: Its bytes; parsing them takes as much memory again, whatever the header claims.
+        weights: Its bytes.
         expected: Name to shape.
         config: The adapter's, for messages.
         optional: Name to shape of what may be there too.
@@ -340,10 +347,7 @@ def check_tensors(
     file = folder / WEIGHTS_FILE
     trained_on = f" The adapter was trained on {config.base_model_name_or_path!r}: is this that model?"
     hint = trained_on if config.base_model_name_or_path else " Is this the model that the adapter was trained on?"
-    try:
-        tensors = load(weights)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}. Save or download the adapter again.") from None
+    tensors = parse_weights(file, weights)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{file} lacks {_few(missing)}.{hint}")
     expected = expected | {name: shape for name, shape in (optional or {}).items() if name in tensors}

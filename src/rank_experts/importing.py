@@ -47,7 +47,8 @@ def import_checkpoint(
     single ranks where not. A MoRE checkpoint becomes one with `rank_scaling="rank"`.
 
     Args:
-        source: With `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin`.
+        source: With `adapter_config.json` and `adapter_model.safetensors`. An `adapter_model.bin` is a pickle and is
+            not read; if you trust it, `safetensors.torch.save_file(torch.load(file, weights_only=True), …)` converts.
         target: The folder to write; it appears when it is complete.
         tasks: Names for MoRE's tasks in the order of their ids, up to 8; None: "task0" … "task7".
 

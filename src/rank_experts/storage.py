@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ._warnings import warn_once
@@ -39,6 +40,12 @@ except ImportError:  # Windows
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+
+PICKLE_REFUSED = (
+    f"{PICKLE_FILE} is a pickle, which can run code, and is not read. If you trust who made it, load the adapter with "
+    "the library that wrote it and save it again: PEFT's model.save_pretrained(path) writes safetensors."
+)
+"""What a reader says where there is no safetensors file."""
 
 MAX_CONFIG_BYTES = 16 * 2**20
 """A larger `adapter_config.json` is refused unread; a hundred thousand task names fit."""
@@ -101,7 +108,7 @@ def read_config_bytes(folder: Path) -> bytes:
     if not folder.is_dir() or not os.path.lexists(folder / CONFIG_FILE):
         what = f"holds no {CONFIG_FILE}" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(
-            f"{folder} {what}. Expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as save_rank_experts writes it."
+            f"{folder} {what}. Expected an adapter's folder, with {CONFIG_FILE} and {WEIGHTS_FILE}."
         )
     with _open_inside(folder, CONFIG_FILE) as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_CONFIG_BYTES:
@@ -122,14 +129,8 @@ def read_weights(folder: Path, header_only: bool = False) -> bytes:
     """
     path = folder / WEIGHTS_FILE
     if not os.path.lexists(path):
-        pickle = (
-            f" {PICKLE_FILE} is a pickle, which can run code, and is not read."
-            if (folder / PICKLE_FILE).exists()
-            else ""
-        )
-        raise FileNotFoundError(
-            f"{folder} holds no {WEIGHTS_FILE}; save_rank_experts writes it beside {CONFIG_FILE}.{pickle}"
-        )
+        hint = PICKLE_REFUSED if os.path.lexists(folder / PICKLE_FILE) else f"It belongs beside {CONFIG_FILE}."
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}. {hint}")
     with _open_inside(folder, WEIGHTS_FILE) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -145,6 +146,22 @@ def read_weights(folder: Path, header_only: bool = False) -> bytes:
     if _DIGEST in metadata and metadata[_DIGEST] != _tensor_digest(entries, data):
         raise _damaged(path, "its tensors are not those that were saved")
     return b"".join((start, header, data))
+
+
+def parse_weights(path: Path, weights: bytes) -> dict[str, Tensor]:
+    """Parse a safetensors file's bytes; that takes as much memory again, whatever the header claims.
+
+    Args:
+        path: Where they came from, for messages.
+        weights: From `read_weights`.
+
+    Raises:
+        ValueError: They are damaged.
+    """
+    try:
+        return load(weights)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+        raise _damaged(path, repr(error)) from None
 
 
 def _entries(path: Path, header: bytes) -> dict[str, Any]:
