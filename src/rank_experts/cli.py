@@ -212,14 +212,14 @@ def _print_metrics(metrics: dict[str, float], recipe: Any) -> None:
 
 def _merge(args: argparse.Namespace) -> int:
     from .assemble import load_adapted
-    from .heads import HEADS_CONFIG, HEADS_FILE
+    from .heads import HEADS_FILES
     from .merge import merge_rank_experts
 
     model = load_adapted(args.adapter, args.base)
     merge_rank_experts(model, task=args.task, safe_merge=True, unload=True)
     model.save_pretrained(args.out)
     for file in args.adapter.iterdir():
-        if file.name in (HEADS_CONFIG, HEADS_FILE) or file.name.startswith(("tokenizer", "special_tokens", "vocab")):
+        if file.name in HEADS_FILES or file.name.startswith(("tokenizer", "special_tokens", "vocab")):
             shutil.copyfile(file, args.out / file.name)
     print(f"The merged model is in {args.out}.")
     return 0

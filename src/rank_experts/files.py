@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -69,8 +69,22 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
             )
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
-    write_pair(Path(path), config_to_json(config), tensors)
-    write_card(Path(path), config, tensors)
+    write_adapter(Path(path), config, tensors)
+
+
+def write_adapter(folder: Path, config: RankExpertConfig, tensors: dict[str, Tensor]) -> None:
+    """Write an adapter's two files in one step, and its model card.
+
+    Args:
+        folder: Made where it is missing.
+        config: The adapter's.
+        tensors: By the file's names, contiguous and on the CPU.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; what was there before is unchanged.
+    """
+    write_pair(folder, config_to_json(config), tensors)
+    write_card(folder, config, tensors)
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
@@ -90,7 +104,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def config_to_json(config: RankExpertConfig) -> str:
+def config_to_json(config: PeftConfig) -> str:
     """Return what `adapter_config.json` holds: the fields, sorted, sets as sorted lists, inference_mode on."""
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     values["inference_mode"] = True

@@ -17,13 +17,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import RankExpertConfig
-from .files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, config_to_json
-from .folders import staged_folder
+from .files import PREFIX, write_adapter
 from .lora_files import read_adapter_config, read_adapter_tensors
+from .storage import CONFIG_FILE
 
 _SMORA = ("lora_A.weight", "lora_B.weight", "lora_router.weight", "lora_biases")
 _MORE = (
@@ -85,9 +84,7 @@ def import_checkpoint(
             f"{source} is a checkpoint of neither paper's code: its layers hold {found}. Expected {list(_SMORA)} "
             f"(SMoRA) or {list(_MORE)} (MoRE) in each. Plain LoRAs are read by from_lora and from_loras."
         )
-    with staged_folder(target) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
+    write_adapter(Path(target), config, tensors)
     return config
 
 
