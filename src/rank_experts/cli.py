@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect, "Say what an adapter's files hold; needs no base model.")
     inspect.add_argument("adapter", type=Path)
-    inspect.add_argument("--json", action="store_true", help="everything, as JSON")
+    inspect.add_argument("--json", action="store_true", help="print everything, as JSON")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write the report there too, as one page with plots")
 
     commands.add_parser(
         "demo", help="Train LoRA, SMoRA and MoRE on four tasks, on the CPU, in minutes.", add_help=False
@@ -256,10 +257,12 @@ def _calibration(file: Path, tokenizer_name: str) -> list[Any]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .inspection import format_report, inspect_adapter
+    from .report import inspect_adapter
 
     report = inspect_adapter(args.adapter)
-    print(json.dumps(report, indent=2) if args.json else format_report(report))
+    if args.html is not None:
+        report.save(args.html)
+    print(json.dumps(report.to_dict(), indent=2, allow_nan=False) if args.json else report.to_text().rstrip())
     return 0
 
 
