@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
-from .model import Target, find_targets, inject_rank_experts
+from .inject import inject_rank_experts
 from .storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -31,6 +31,7 @@ from .storage import (
     read_weights,
     write_pair,
 )
+from .targets import Target, find_targets
 
 PREFIX = "base_model.model."
 
