@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -16,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..routing import Routing, TokenRouter
 from . import gate as torch_gate
+from . import native
+from .announcement import announce
 from .fused import Base, given_gates, token_gated
 from .gate import GateSpec
 from .reference import rank_experts_reference
-
-logger = logging.getLogger("rank_experts.ops")
 
 
 class Adapted(NamedTuple):
@@ -92,17 +91,15 @@ def rank_experts(
     if not isinstance(gate, TokenRouter):
         announce("fused PyTorch function")
         return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
+    spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
+    if native.supports(x, tensor, A, B, gate.weight, spec):
+        announce("native CPU kernel")
+        y, indices = native.token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base)
+        return Adapted(y, indices)
     kernels = _kernels(x, A, gate, dtype)
     announce("fused function, gate in PyTorch" if kernels is torch_gate else "fused function, gate in Triton")
-    spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
     y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
     return Adapted(y, indices)
-
-
-@functools.cache
-def announce(choice: str) -> None:
-    """Log a choice, the first time that it is made."""
-    logger.info("rank_experts computes adapted layers with: %s", choice)
 
 
 def _needs_reference(

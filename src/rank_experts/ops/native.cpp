@@ -1,0 +1,520 @@
+// The token gate's op on a CPU, multiplying only the chosen ranks.
+//
+// What `gate.py` and `fused.py` do with dense products over all r ranks, this does over the k chosen ones: forward is
+// select → x·Aᵀ at the chosen rows → gates → y += u·Bᵀ; backward is dy·B and dB in one pass over dy, the gate's
+// derivative, and dx, dA, dW_g in one pass over x. The router's x·W_gᵀ, which needs all experts, stays a matrix product
+// of the caller's. Whatever the dtype of the tensors, the arithmetic is float32.
+//
+// A matrix M (A, W_g or Bᵀ, rows of d numbers) is packed into tiles of COLUMNS numbers of all rows, so that a tile
+// stays in the first-level cache while all tokens pass by. Threads share the tokens where tokens are written, and the
+// tiles where matrices are; the order of every sum depends on the number of threads alone.
+//
+// A plain C interface, so that compiling needs no headers of PyTorch's. `ops/native.py` calls it.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 8;  // of 32 registers, 8 hold a token's tile and 8 its gradient's
+#elif defined(__AVX__)
+constexpr int LANES = 8, VECTORS = 4;
+#else
+constexpr int LANES = 4, VECTORS = 8;
+#endif
+constexpr int COLUMNS = LANES * VECTORS;
+constexpr int AHEAD = 4;  // tokens to prefetch
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline Floats load(const float *p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float *p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+inline Floats load(const bfloat16 *p) {
+    Halves half;
+    std::memcpy(&half, p, sizeof half);
+    Words words = __builtin_convertvector(half, Words) << 16;
+    return (Floats)words;
+}
+
+inline void store(bfloat16 *p, Floats v) {
+    Words words = (Words)v;
+    Words rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;  // to nearest, ties to even
+    Words nan = (Words)(v != v);
+    rounded = (nan & 0x7FC0) | (~nan & rounded);
+    Halves half = __builtin_convertvector(rounded, Halves);
+    std::memcpy(p, &half, sizeof half);
+}
+
+inline float widen(float value) { return value; }
+
+inline float widen(bfloat16 value) {
+    uint32_t word = uint32_t(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &word, sizeof wide);
+    return wide;
+}
+
+inline float sum(Floats v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+#endif
+}
+
+// One tile of one token, in registers. The last tile of a row may be narrower than COLUMNS.
+template <class T>
+struct Tile {
+    Floats v[VECTORS];
+
+    void read(const T *p, int width) {
+        if (width == COLUMNS) {
+            for (int i = 0; i < VECTORS; i++) v[i] = load(p + i * LANES);
+            return;
+        }
+        T padded[COLUMNS];
+        std::memset(padded, 0, sizeof padded);
+        std::memcpy(padded, p, width * sizeof(T));
+        for (int i = 0; i < VECTORS; i++) v[i] = load(padded + i * LANES);
+    }
+
+    void write(T *p, int width) const {
+        if (width == COLUMNS) {
+            for (int i = 0; i < VECTORS; i++) store(p + i * LANES, v[i]);
+            return;
+        }
+        T padded[COLUMNS];
+        for (int i = 0; i < VECTORS; i++) store(padded + i * LANES, v[i]);
+        std::memcpy(p, padded, width * sizeof(T));
+    }
+};
+
+template <class T>
+inline void prefetch(const T *p) {
+    for (unsigned i = 0; i < COLUMNS * sizeof(T); i += 64) __builtin_prefetch((const char *)p + i);
+}
+
+struct Matrix {
+    const void *data;
+    int64_t rows, row_stride, column_stride, is_bfloat16;
+};
+
+inline int64_t num_tiles(int64_t d) { return (d + COLUMNS - 1) / COLUMNS; }
+
+template <class T>
+void pack_rows(const T *data, const Matrix &matrix, int64_t start, int width, float *tile) {
+    for (int64_t row = 0; row < matrix.rows; row++) {
+        const T *from = data + row * matrix.row_stride + start * matrix.column_stride;
+        float *to = tile + row * COLUMNS;
+        for (int c = 0; c < width; c++) to[c] = widen(from[c * matrix.column_stride]);
+        for (int c = width; c < COLUMNS; c++) to[c] = 0;
+    }
+}
+
+// By blocks of rows, for a matrix whose columns are contiguous: B, read as Bᵀ.
+template <class T>
+void pack_columns(const T *data, const Matrix &matrix, int64_t start, int width, float *tile) {
+    for (int c = 0; c < COLUMNS; c++) {
+        const T *from = data + (start + c) * matrix.column_stride;
+        if (c < width)
+            for (int64_t row = 0; row < matrix.rows; row++) tile[row * COLUMNS + c] = widen(from[row * matrix.row_stride]);
+        else
+            for (int64_t row = 0; row < matrix.rows; row++) tile[row * COLUMNS + c] = 0;
+    }
+}
+
+void pack(const Matrix &matrix, int64_t start, int width, float *tile) {
+    bool by_rows = matrix.column_stride <= matrix.row_stride;
+    if (matrix.is_bfloat16) {
+        auto data = (const bfloat16 *)matrix.data;
+        by_rows ? pack_rows(data, matrix, start, width, tile) : pack_columns(data, matrix, start, width, tile);
+    } else {
+        auto data = (const float *)matrix.data;
+        by_rows ? pack_rows(data, matrix, start, width, tile) : pack_columns(data, matrix, start, width, tile);
+    }
+}
+
+// out[n, j] += src[n, :] · tile[rows[n, j], :]
+template <class T>
+void dots(const T *src, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int m,
+          const float *tile, float *out) {
+    for (int64_t n = first; n < last; n++) {
+        Tile<T> x;
+        x.read(src + n * d, width);
+        if (n + AHEAD < last) prefetch(src + (n + AHEAD) * d);
+        for (int j = 0; j < m; j++) {
+            const float *row = tile + int64_t(rows[n * m + j]) * COLUMNS;
+            Floats total = x.v[0] * load(row);
+            for (int i = 1; i < VECTORS; i++) total += x.v[i] * load(row + i * LANES);
+            out[n * m + j] += sum(total);
+        }
+    }
+}
+
+// dst[n, :] += Σ_j coefficients[n, j] · tile[rows[n, j], :]
+template <class T>
+void axpys(T *dst, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int m,
+           const float *coefficients, const float *tile) {
+    for (int64_t n = first; n < last; n++) {
+        Tile<T> y;
+        y.read(dst + n * d, width);
+        if (n + AHEAD < last) prefetch(dst + (n + AHEAD) * d);
+        for (int j = 0; j < m; j++) {
+            const float *row = tile + int64_t(rows[n * m + j]) * COLUMNS;
+            float c = coefficients[n * m + j];
+            for (int i = 0; i < VECTORS; i++) y.v[i] += c * load(row + i * LANES);
+        }
+        y.write(dst + n * d, width);
+    }
+}
+
+// gradient[rows[n, j], :] += coefficients[n, j] · src[n, :], and with it dots or axpys of the same rows.
+template <class T, bool DOTS, bool AXPYS>
+void outers(const T *src, T *dst, bool fresh, int64_t d, int width, int64_t num_tokens, const int32_t *rows,
+            int rows_stride, int m, const float *coefficients, const float *tile, float *gradient, float *out) {
+    for (int64_t n = 0; n < num_tokens; n++) {
+        Tile<T> x, y;
+        x.read(src + n * d, width);
+        if (n + AHEAD < num_tokens) prefetch(src + (n + AHEAD) * d);
+        if (AXPYS) {
+            if (fresh)
+                for (int i = 0; i < VECTORS; i++) y.v[i] = Floats{};
+            else
+                y.read(dst + n * d, width);
+            if (n + AHEAD < num_tokens) prefetch(dst + (n + AHEAD) * d);
+        }
+        for (int j = 0; j < m; j++) {
+            int64_t place = int64_t(rows[n * rows_stride + j]) * COLUMNS;
+            float c = coefficients[n * m + j];
+            if (DOTS) {
+                Floats total = x.v[0] * load(tile + place);
+                for (int i = 1; i < VECTORS; i++) total += x.v[i] * load(tile + place + i * LANES);
+                out[n * m + j] += sum(total);
+            }
+            if (AXPYS)
+                for (int i = 0; i < VECTORS; i++) y.v[i] += c * load(tile + place + i * LANES);
+            if (gradient)
+                for (int i = 0; i < VECTORS; i++) {
+                    float *p = gradient + place + i * LANES;
+                    store(p, load(p) + c * x.v[i]);
+                }
+        }
+        if (AXPYS) y.write(dst + n * d, width);
+    }
+}
+
+// Keys as int64 that order as (key, −expert) do; a NaN of either sign is the largest, −0 is 0.
+inline int64_t packed_key(float key, int64_t expert) {
+    if (key != key) return (int64_t(0x7FC00000) << 32) | (0x7FFFFFFF - expert);
+    key += 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &key, sizeof bits);
+    bits ^= (bits >> 31) & 0x7FFFFFFF;  // two's complement orders negative floats backwards: flip all but the sign
+    return int64_t((uint64_t(uint32_t(bits)) << 32) | uint64_t(0x7FFFFFFF - expert));
+}
+
+struct Gate {
+    int64_t num_experts, top_k, sigmoid, biased;
+    float factor;  // k · s
+
+    bool divides() const { return sigmoid && biased; }
+
+    // Weights that add up to 1, from values; see `gate.gate_weights`.
+    void weigh(const float *values, float *weights) const {
+        int k = int(top_k);
+        float total = 0;
+        if (divides()) {
+            for (int j = 0; j < k; j++) total += values[j];
+            for (int j = 0; j < k; j++) weights[j] = values[j] / total;
+            return;
+        }
+        float top = values[0];
+        for (int j = 1; j < k; j++) top = values[j] > top ? values[j] : top;
+        for (int j = 0; j < k; j++) total += weights[j] = std::exp(values[j] - top);
+        for (int j = 0; j < k; j++) weights[j] /= total;
+    }
+
+    float value(float z, float bias) const {
+        if (!sigmoid) return biased ? z + bias : z;
+        if (biased) return 1.0f / (1.0f + std::exp(-z)) + bias;
+        return (z > 0 ? 0.0f : z) - std::log1p(std::exp(-std::fabs(z)));
+    }
+
+    void select(const float *keys, int64_t *scratch, int64_t *chosen) const {
+        int64_t experts = num_experts;
+        for (int64_t e = 0; e < experts; e++) scratch[e] = packed_key(keys[e], e);
+        for (int64_t j = 0; j < top_k; j++) {
+            int64_t best = scratch[0];
+#pragma omp simd reduction(max : best)
+            for (int64_t e = 0; e < experts; e++) best = scratch[e] > best ? scratch[e] : best;
+            int64_t expert = 0x7FFFFFFF - (best & 0x7FFFFFFF);
+            chosen[j] = expert;
+            scratch[expert] = INT64_MIN;
+        }
+    }
+};
+
+inline int thread() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+inline void split(int64_t count, int part, int parts, int64_t &first, int64_t &last) {
+    first = count * part / parts;
+    last = count * (part + 1) / parts;
+}
+
+struct Sizes {
+    int64_t num_tokens, d_in, d_out, num_ranks, num_experts, top_k, sigmoid, biased, threads;
+    double factor;  // k · s
+
+    int rho() const { return int(num_ranks / num_experts); }
+    Gate gate() const { return Gate{num_experts, top_k, sigmoid, biased, float(factor)}; }
+};
+
+struct Activation {
+    void *data;  // (N, d), contiguous
+    int64_t is_bfloat16;
+};
+
+inline int width_of(int64_t tile, int64_t d) {
+    int64_t left = d - tile * COLUMNS;
+    return int(left < COLUMNS ? left : COLUMNS);
+}
+
+// Calls f with the data in its own type.
+template <class F>
+inline void typed(const Activation &activation, F f) {
+    activation.is_bfloat16 ? f((bfloat16 *)activation.data) : f((float *)activation.data);
+}
+
+// What backward does with one input of the adapter: its gradient, and that of the one or two matrices it met.
+struct Side {
+    Activation src, dst;  // dst.data null: no gradient
+    int64_t fresh, d;       // fresh: dst holds nothing yet; where it is not null it has src's type
+    Matrix matrices[2];
+    float *gradients[2];  // (rows, d); both null: none
+    int64_t num_matrices;
+};
+
+void backward_of_side(const Side &side, int64_t num_tokens, int self, int threads, const int32_t *rows, int m,
+                      const float *coefficients, float *tile) {
+    int64_t num_rows = side.matrices[0].rows + (side.num_matrices > 1 ? side.matrices[1].rows : 0);
+    bool wants_gradient = side.gradients[0] || side.gradients[1];
+    float *gradient = wants_gradient ? tile + num_rows * COLUMNS : nullptr;
+    if (!gradient && !side.dst.data) return;
+    for (int64_t t = self; t < num_tiles(side.d); t += threads) {
+        int64_t start = t * COLUMNS;
+        int width = width_of(t, side.d);
+        if (side.dst.data) {
+            float *to = tile;
+            for (int i = 0; i < side.num_matrices; to += side.matrices[i++].rows * COLUMNS)
+                pack(side.matrices[i], start, width, to);
+        }
+        if (gradient) std::memset(gradient, 0, num_rows * COLUMNS * sizeof(float));
+        typed(side.src, [&](auto *src) {
+            using T = std::remove_pointer_t<decltype(src)>;
+            T *dst = (T *)side.dst.data;
+            if (dst)
+                outers<T, false, true>(src + start, dst + start, side.fresh, side.d, width, num_tokens, rows, m, m,
+                                       coefficients, tile, gradient, nullptr);
+            else
+                outers<T, false, false>(src + start, nullptr, false, side.d, width, num_tokens, rows, m, m,
+                                        coefficients, tile, gradient, nullptr);
+        });
+        float *from = gradient;
+        for (int i = 0; gradient && i < side.num_matrices; i++)
+            for (int64_t row = 0; row < side.matrices[i].rows; row++, from += COLUMNS)
+                if (side.gradients[i])
+                    std::memcpy(side.gradients[i] + row * side.d + start, from, width * sizeof(float));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t rank_experts_columns() { return COLUMNS; }
+
+// scratch: 4 bytes each of (⌈d_in / COLUMNS⌉ + ⌈d_out / COLUMNS⌉) · r · COLUMNS + N · k · ρ · 2 + threads · E · 2
+void rank_experts_forward(const Sizes *sizes, const Activation *x, const Matrix *A, const Matrix *Bt,
+                          const float *logits, int64_t logits_stride, const float *keys, const float *bias,
+                          const Activation *y, int64_t *indices, void *narrow, int64_t narrow_is_byte, float *values,
+                          float *projections, float *scratch) {
+    const Sizes s = *sizes;
+    const Gate gate = s.gate();
+    const int threads = int(s.threads), k = int(s.top_k), rho = s.rho(), m = k * rho;
+    const int64_t tiles_in = num_tiles(s.d_in), tiles_out = num_tiles(s.d_out), step = s.num_ranks * COLUMNS;
+    int64_t *order = (int64_t *)scratch;
+    float *packed_A = scratch + threads * s.num_experts * 2, *packed_B = packed_A + tiles_in * step;
+    float *u = packed_B + tiles_out * step;
+    int32_t *rows = (int32_t *)(u + s.num_tokens * m);
+#pragma omp parallel num_threads(threads)
+    {
+        const int self = thread();
+        for (int64_t t = self; t < tiles_in; t += threads) pack(*A, t * COLUMNS, width_of(t, s.d_in), packed_A + t * step);
+        for (int64_t t = self; t < tiles_out; t += threads)
+            pack(*Bt, t * COLUMNS, width_of(t, s.d_out), packed_B + t * step);
+        int64_t first, last;
+        split(s.num_tokens, self, threads, first, last);
+        for (int64_t n = first; n < last; n++) {
+            int64_t *chosen = indices + n * k;
+            gate.select(keys + n * s.num_experts, order + self * s.num_experts, chosen);
+            for (int j = 0; j < k; j++) {
+                int64_t expert = chosen[j];
+                values[n * k + j] = gate.value(logits[n * logits_stride + expert], bias[expert]);
+                if (narrow_is_byte)
+                    ((uint8_t *)narrow)[n * k + j] = uint8_t(expert);
+                else
+                    ((int32_t *)narrow)[n * k + j] = int32_t(expert);
+                for (int q = 0; q < rho; q++) {
+                    rows[n * m + j * rho + q] = int32_t(expert * rho + q);
+                    projections[n * m + j * rho + q] = 0;
+                }
+            }
+        }
+#pragma omp barrier
+        for (int64_t t = 0; t < tiles_in; t++)
+            typed(*x, [&](auto *src) {
+                dots(src + t * COLUMNS, s.d_in, width_of(t, s.d_in), first, last, rows, m, packed_A + t * step,
+                     projections);
+            });
+        for (int64_t n = first; n < last; n++) {
+            float *weights = u + n * m;  // k of them, spread over ρ ranks each from the last one on
+            gate.weigh(values + n * k, weights);
+            for (int j = k - 1; j >= 0; j--) {
+                float g = weights[j] * gate.factor;
+                for (int q = rho - 1; q >= 0; q--) u[n * m + j * rho + q] = g * projections[n * m + j * rho + q];
+            }
+        }
+        for (int64_t t = 0; t < tiles_out; t++)
+            typed(*y, [&](auto *dst) {
+                axpys(dst + t * COLUMNS, s.d_out, width_of(t, s.d_out), first, last, rows, m, u, packed_B + t * step);
+            });
+    }
+}
+
+// sides: one with A and W_g for x; or, with dropout, one with A for the dropped x and one with W_g for x.
+// dB: (d_out, r), or null. bias: may be null unless the gate divides.
+// scratch: 4 bytes each of threads · (N · k · ρ + 2 · (r + E) · COLUMNS) + N · k · (3 · ρ + 2)
+void rank_experts_backward(const Sizes *sizes, const Activation *dy, const Matrix *Bt, const void *narrow,
+                           int64_t narrow_is_byte, const float *values, const float *projections, const float *bias,
+                           float *dB, const Side *sides, int64_t num_sides, float *scratch) {
+    const Sizes s = *sizes;
+    const Gate gate = s.gate();
+    const int threads = int(s.threads), k = int(s.top_k), rho = s.rho(), m = k * rho;
+    const bool together = num_sides == 1;
+    const int64_t tiles_out = num_tiles(s.d_out), count = s.num_tokens * m;
+    const int64_t tile_size = 2 * (s.num_ranks + s.num_experts) * COLUMNS;
+    float *du = scratch, *tiles = du + threads * count, *u = tiles + threads * tile_size;
+    // Ranks, then experts: in one list for each token where they meet one input, else in two.
+    float *coefficients = u + count;
+    int32_t *rows = (int32_t *)(coefficients + count + s.num_tokens * k);
+    const int stride = together ? m + k : m, expert_stride = together ? m + k : k;
+    float *expert_coefficients = coefficients + (together ? m : count);
+    int32_t *expert_rows = rows + (together ? m : count);
+#pragma omp parallel num_threads(threads)
+    {
+        const int self = thread();
+        int64_t first, last;
+        split(s.num_tokens, self, threads, first, last);
+        for (int64_t n = first; n < last; n++) {
+            float *weights = u + n * m;
+            gate.weigh(values + n * k, weights);
+            for (int j = k - 1; j >= 0; j--) {
+                float g = weights[j] * gate.factor;
+                int64_t place = n * k + j;
+                int32_t expert = narrow_is_byte ? ((const uint8_t *)narrow)[place] : ((const int32_t *)narrow)[place];
+                expert_coefficients[n * expert_stride + j] = weights[j];
+                expert_rows[n * expert_stride + j] = expert;
+                for (int q = rho - 1; q >= 0; q--) {
+                    coefficients[n * stride + j * rho + q] = g;
+                    rows[n * stride + j * rho + q] = int32_t(expert * rho + q);
+                    u[n * m + j * rho + q] = g * projections[n * m + j * rho + q];
+                }
+            }
+        }
+        float *own = du + self * count, *tile = tiles + self * tile_size;
+        std::memset(own, 0, count * sizeof(float));
+#pragma omp barrier
+        for (int64_t t = self; t < tiles_out; t += threads) {
+            float *gradient = dB ? tile + s.num_ranks * COLUMNS : nullptr;
+            int width = width_of(t, s.d_out);
+            pack(*Bt, t * COLUMNS, width, tile);
+            if (gradient) std::memset(gradient, 0, s.num_ranks * COLUMNS * sizeof(float));
+            typed(*dy, [&](auto *src) {
+                using T = std::remove_pointer_t<decltype(src)>;
+                outers<T, true, false>(src + t * COLUMNS, nullptr, false, s.d_out, width, s.num_tokens, rows, stride, m,
+                                       u, tile, gradient, own);
+            });
+            if (gradient)
+                for (int c = 0; c < width; c++)
+                    for (int64_t row = 0; row < s.num_ranks; row++)
+                        dB[(t * COLUMNS + c) * s.num_ranks + row] = gradient[row * COLUMNS + c];
+        }
+#pragma omp barrier
+        for (int64_t n = first; n < last; n++) {
+            float *weights = expert_coefficients + n * expert_stride, shared = 0, total = 0;
+            const float *value = values + n * k;
+            for (int j = 0; j < k; j++) {
+                float product = 0;
+                for (int q = 0; q < rho; q++) {
+                    int64_t place = n * m + j * rho + q;
+                    for (int part = 1; part < threads; part++) du[place] += du[part * count + place];
+                    product += du[place] * projections[place];
+                    coefficients[n * stride + j * rho + q] *= du[place];
+                }
+                u[n * m + j] = product;  // u itself is done with
+                shared += product * weights[j];
+                total += value[j];
+            }
+            for (int j = 0; j < k; j++) {
+                // d weight / d z up to the normalisation; see `gate._slope`.
+                float slope = weights[j];
+                if (gate.divides()) {
+                    float score = value[j] - bias[expert_rows[n * expert_stride + j]];
+                    slope = score * (1 - score) / total;
+                } else if (gate.sigmoid) {
+                    slope *= -std::expm1(value[j]);
+                }
+                weights[j] = (u[n * m + j] - shared) * gate.factor * slope;
+                if (together) expert_rows[n * expert_stride + j] += int32_t(s.num_ranks);
+            }
+        }
+#pragma omp barrier
+        if (together) {
+            backward_of_side(sides[0], s.num_tokens, self, threads, rows, m + k, coefficients, tile);
+        } else {
+            backward_of_side(sides[0], s.num_tokens, self, threads, rows, m, coefficients, tile);
+            backward_of_side(sides[1], s.num_tokens, self, threads, expert_rows, k, expert_coefficients, tile);
+        }
+    }
+}
+}
