@@ -19,6 +19,8 @@ from .fused import Base, _base_backward, _differentiable, _like, _no_autocast, _
 from .gate import Chosen, GateSpec, selection_keys, values_dtype
 from .native_build import library
 
+# Up to this many tokens without gradients, one call does it all, the router's product too.
+DECODE_TOKENS = 16
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -78,6 +80,10 @@ def token_gated(
     inputs = (x, dropped, tensor, A, B, weight)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return NativeTokenGated.apply(*inputs, balance_bias, spec, base)
+    if dropped is None and x.numel() <= DECODE_TOKENS * x.shape[-1] and all(
+        t.is_contiguous() for t in (x, A, B, weight)
+    ):
+        return _decode(x, tensor, A, B, weight, balance_bias, spec, base)
     y, indices, _ = _forward(*inputs, balance_bias, spec, base)
     return y, indices
 
@@ -161,6 +167,36 @@ def _forward(
         if narrower is not None:
             values = values.clamp_(min=-6e4).to(narrower)
         return y, indices, Chosen(narrow, values, projections.to(base.dtype))
+
+
+def _decode(
+    x: Tensor,
+    tensor: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor,
+    balance_bias: Tensor,
+    spec: GateSpec,
+    base: Base,
+) -> tuple[Tensor, Tensor]:
+    native = library()
+    assert native is not None
+    y = tensor if base.layer is None else base.layer(x)
+    if not (base.in_place and y.is_contiguous()):
+        y = y.clone(memory_format=torch.contiguous_format)
+    num_ranks, d_in = A.shape
+    num_tokens, num_experts, narrow = x.numel() // d_in, weight.shape[0], torch.bfloat16
+    indices = torch.empty(num_tokens, spec.top_k, dtype=torch.int64)
+    flags = (
+        (spec.score_function == "sigmoid") | spec.biased_gates << 1 | (x.dtype == narrow) << 2 | (y.dtype == narrow) << 3
+        | (A.dtype == narrow) << 4 | (B.dtype == narrow) << 5 | (weight.dtype == narrow) << 6
+    )  # fmt: skip
+    native.rank_experts_decode(
+        num_tokens, d_in, B.shape[0], num_ranks, num_experts, spec.top_k, spec.top_k * spec.scale, flags,
+        torch.get_num_threads(), x.data_ptr(), A.data_ptr(), B.data_ptr(), weight.data_ptr(), balance_bias.data_ptr(),
+        y.data_ptr(), indices.data_ptr(),
+    )  # fmt: skip
+    return y, indices
 
 
 def _backward(

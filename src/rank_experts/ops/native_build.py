@@ -96,9 +96,14 @@ def _load(compiler: tuple[str, ...]) -> ctypes.CDLL:
 
 def _open(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeBuildError(f"What the compiler made cannot be loaded: {error}.") from error
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    loaded.rank_experts_decode.argtypes = [*[integer] * 6, ctypes.c_double, *[integer] * 2, *[pointer] * 7]
+    for function in (loaded.rank_experts_forward, loaded.rank_experts_backward, loaded.rank_experts_decode):
+        function.restype = None
+    return loaded
 
 
 def _private(folder: Path) -> Path | None:
