@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ._warnings import warn_once
+from .adaptable import in_out_features, stacked_experts
 from .boundary import RoutedForward, install_model, uninstall
 from .config import RankExpertConfig, check_experts, nearest
 from .context import Call, RoutingScope, Tasks, resolve_task_ids
-from .layer import AdapterSettings, RankExpertLinear, in_out_features, stacked_experts
+from .layer import AdapterSettings, RankExpertLinear
 from .routing import TaskRouter, TokenRouter
 from .storage import check_tensor, is_finite
 
