@@ -22,6 +22,13 @@ from .gate import GateSpec
 from .reference import rank_experts_reference
 
 
+_CHOICES = {
+    "gate": "fused function, gate in PyTorch",
+    "triton_kernels": "fused function, gate in Triton",
+    "native": "native CPU kernel",
+}
+
+
 class Adapted(NamedTuple):
     """What the op returns.
 
@@ -92,12 +99,8 @@ def rank_experts(
         announce("fused PyTorch function")
         return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
-    if native.supports(x, tensor, A, B, gate.weight, spec):
-        announce("native CPU kernel")
-        y, indices = native.token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base)
-        return Adapted(y, indices)
-    kernels = _kernels(x, A, gate, dtype)
-    announce("fused function, gate in PyTorch" if kernels is torch_gate else "fused function, gate in Triton")
+    kernels = _kernels(x, A, B, gate, dtype)
+    announce(_CHOICES[kernels.__name__.rpartition(".")[2]])
     y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
     return Adapted(y, indices)
 
@@ -178,7 +181,9 @@ def _may_overwrite(output: Tensor) -> bool:
     return not output._is_view() and not (output.is_leaf and output.requires_grad)
 
 
-def _kernels(x: Tensor, A: Tensor, gate: TokenRouter, dtype: torch.dtype) -> ModuleType:
+def _kernels(x: Tensor, A: Tensor, B: Tensor, gate: TokenRouter, dtype: torch.dtype) -> ModuleType:
+    if x.is_cpu and native.supports((x, A, B, gate.weight), dtype, gate.top_k, gate.weight.shape[0]):
+        return native
     if x.device.type == "cuda" and torch.float64 not in (x.dtype, gate.weight.dtype) and (found := triton_kernels()):
         return found if found.supports(dtype, len(A)) else torch_gate
     return torch_gate

@@ -128,44 +128,52 @@ inline void prefetch(const T *p) {
     for (unsigned i = 0; i < COLUMNS * sizeof(T); i += 64) __builtin_prefetch((const char *)p + i);
 }
 
-struct Matrix {
-    const void *data;
-    int64_t rows, row_stride, column_stride, is_bfloat16;
-};
-
 inline int64_t num_tiles(int64_t d) { return (d + COLUMNS - 1) / COLUMNS; }
 
-template <class T>
-void pack_rows(const T *data, const Matrix &matrix, int64_t start, int width, float *tile) {
-    for (int64_t row = 0; row < matrix.rows; row++) {
-        const T *from = data + row * matrix.row_stride + start * matrix.column_stride;
-        float *to = tile + row * COLUMNS;
-        for (int c = 0; c < width; c++) to[c] = widen(from[c * matrix.column_stride]);
-        for (int c = width; c < COLUMNS; c++) to[c] = 0;
-    }
+inline int width_of(int64_t tile, int64_t d) {
+    int64_t left = d - tile * COLUMNS;
+    return int(left < COLUMNS ? left : COLUMNS);
 }
 
-// By blocks of rows, for a matrix whose columns are contiguous: B, read as Bᵀ.
-template <class T>
-void pack_columns(const T *data, const Matrix &matrix, int64_t start, int width, float *tile) {
-    for (int c = 0; c < COLUMNS; c++) {
-        const T *from = data + (start + c) * matrix.column_stride;
-        if (c < width)
-            for (int64_t row = 0; row < matrix.rows; row++) tile[row * COLUMNS + c] = widen(from[row * matrix.row_stride]);
-        else
-            for (int64_t row = 0; row < matrix.rows; row++) tile[row * COLUMNS + c] = 0;
+// A contiguous tensor of either type.
+struct Tensor {
+    void *data;
+    bool narrow;
+
+    // Calls f with the data in its own type.
+    template <class F>
+    void typed(F f) const {
+        narrow ? f((bfloat16 *)data) : f((float *)data);
     }
+};
+
+// Tile number t of a matrix (rows, d).
+void pack(const Tensor &matrix, int64_t rows, int64_t d, int64_t t, float *tile) {
+    const int width = width_of(t, d);
+    matrix.typed([&](auto *data) {
+        for (int64_t row = 0; row < rows; row++) {
+            const auto *from = data + row * d + t * COLUMNS;
+            float *to = tile + row * COLUMNS;
+            for (int c = 0; c < width; c++) to[c] = widen(from[c]);
+            for (int c = width; c < COLUMNS; c++) to[c] = 0;
+        }
+    });
 }
 
-void pack(const Matrix &matrix, int64_t start, int width, float *tile) {
-    bool by_rows = matrix.column_stride <= matrix.row_stride;
-    if (matrix.is_bfloat16) {
-        auto data = (const bfloat16 *)matrix.data;
-        by_rows ? pack_rows(data, matrix, start, width, tile) : pack_columns(data, matrix, start, width, tile);
-    } else {
-        auto data = (const float *)matrix.data;
-        by_rows ? pack_rows(data, matrix, start, width, tile) : pack_columns(data, matrix, start, width, tile);
-    }
+// Tile number t of the transpose of a matrix (d, rows).
+void pack_transposed(const Tensor &matrix, int64_t rows, int64_t d, int64_t t, float *tile) {
+    const int width = width_of(t, d);
+    matrix.typed([&](auto *data) {
+        const auto *from = data + t * COLUMNS * rows;
+        // By blocks of LANES rows, whose numbers in one column are neighbours in memory.
+        for (int64_t start = 0; start < rows; start += LANES) {
+            const int count = int(rows - start < LANES ? rows - start : LANES);
+            for (int c = 0; c < width; c++)
+                for (int i = 0; i < count; i++) tile[(start + i) * COLUMNS + c] = widen(from[c * rows + start + i]);
+            for (int i = 0; i < count; i++)
+                for (int c = width; c < COLUMNS; c++) tile[(start + i) * COLUMNS + c] = 0;
+        }
+    });
 }
 
 // out[n, j] += src[n, :] · tile[rows[n, j], :]
@@ -301,71 +309,61 @@ inline void split(int64_t count, int part, int parts, int64_t &first, int64_t &l
     last = count * (part + 1) / parts;
 }
 
-struct Sizes {
-    int64_t num_tokens, d_in, d_out, num_ranks, num_experts, top_k, sigmoid, biased, threads;
-    double factor;  // k · s
-
-    int rho() const { return int(num_ranks / num_experts); }
-    Gate gate() const { return Gate{num_experts, top_k, sigmoid, biased, float(factor)}; }
-};
-
-struct Activation {
-    void *data;  // (N, d), contiguous
-    int64_t is_bfloat16;
-};
-
-inline int width_of(int64_t tile, int64_t d) {
-    int64_t left = d - tile * COLUMNS;
-    return int(left < COLUMNS ? left : COLUMNS);
-}
-
-// Calls f with the data in its own type.
-template <class F>
-inline void typed(const Activation &activation, F f) {
-    activation.is_bfloat16 ? f((bfloat16 *)activation.data) : f((float *)activation.data);
-}
-
-// What backward does with one input of the adapter: its gradient, and that of the one or two matrices it met.
+// What backward does with one input of the adapter: its gradient, and those of the one or two matrices that it met.
 struct Side {
-    Activation src, dst;  // dst.data null: no gradient
-    int64_t fresh, d;       // fresh: dst holds nothing yet; where it is not null it has src's type
-    Matrix matrices[2];
-    float *gradients[2];  // (rows, d); both null: none
-    int64_t num_matrices;
+    Tensor src, dst;  // (N, d), of one type; dst.data null: no gradient
+    int64_t d;
+    int num_matrices;
+    Tensor matrices[2];  // (rows, d)
+    int64_t rows[2];
+    float *gradients[2];  // null: none
 };
 
-void backward_of_side(const Side &side, int64_t num_tokens, int self, int threads, const int32_t *rows, int m,
-                      const float *coefficients, float *tile) {
-    int64_t num_rows = side.matrices[0].rows + (side.num_matrices > 1 ? side.matrices[1].rows : 0);
-    bool wants_gradient = side.gradients[0] || side.gradients[1];
-    float *gradient = wants_gradient ? tile + num_rows * COLUMNS : nullptr;
+void backward_of_side(const Side &side, bool fresh, int64_t num_tokens, int self, int threads, const int32_t *rows,
+                      int m, const float *coefficients, float *tile) {
+    const int64_t num_rows = side.rows[0] + (side.num_matrices > 1 ? side.rows[1] : 0);
+    float *gradient = side.gradients[0] || side.gradients[1] ? tile + num_rows * COLUMNS : nullptr;
     if (!gradient && !side.dst.data) return;
     for (int64_t t = self; t < num_tiles(side.d); t += threads) {
-        int64_t start = t * COLUMNS;
-        int width = width_of(t, side.d);
-        if (side.dst.data) {
-            float *to = tile;
-            for (int i = 0; i < side.num_matrices; to += side.matrices[i++].rows * COLUMNS)
-                pack(side.matrices[i], start, width, to);
-        }
+        const int64_t start = t * COLUMNS;
+        const int width = width_of(t, side.d);
+        float *to = tile;
+        for (int i = 0; side.dst.data && i < side.num_matrices; to += side.rows[i++] * COLUMNS)
+            pack(side.matrices[i], side.rows[i], side.d, t, to);
         if (gradient) std::memset(gradient, 0, num_rows * COLUMNS * sizeof(float));
-        typed(side.src, [&](auto *src) {
+        side.src.typed([&](auto *src) {
             using T = std::remove_pointer_t<decltype(src)>;
             T *dst = (T *)side.dst.data;
             if (dst)
-                outers<T, false, true>(src + start, dst + start, side.fresh, side.d, width, num_tokens, rows, m, m,
+                outers<T, false, true>(src + start, dst + start, fresh, side.d, width, num_tokens, rows, m, m,
                                        coefficients, tile, gradient, nullptr);
             else
                 outers<T, false, false>(src + start, nullptr, false, side.d, width, num_tokens, rows, m, m,
                                         coefficients, tile, gradient, nullptr);
         });
-        float *from = gradient;
+        const float *from = gradient;
         for (int i = 0; gradient && i < side.num_matrices; i++)
-            for (int64_t row = 0; row < side.matrices[i].rows; row++, from += COLUMNS)
+            for (int64_t row = 0; row < side.rows[i]; row++, from += COLUMNS)
                 if (side.gradients[i])
                     std::memcpy(side.gradients[i] + row * side.d + start, from, width * sizeof(float));
     }
 }
+
+// What is the same for all calls. flags: 1 sigmoid, 2 biased, 4 the saved indices are bytes; bfloat16: 8 x, 16 the
+// dropped x, 32 y and dy, 64 A, 128 B, 256 W_g.
+struct Call {
+    int64_t num_tokens, d_in, d_out, num_ranks, num_experts, top_k, flags, threads;
+    double factor;  // k · s
+
+    int rho() const { return int(num_ranks / num_experts); }
+    Gate gate() const { return Gate{num_experts, top_k, flags & 1, flags & 2, float(factor)}; }
+    Tensor tensor(const void *data, int64_t flag) const { return Tensor{(void *)data, (flags & flag) != 0}; }
+};
+
+#define CALL                                                                                                   \
+    int64_t num_tokens, int64_t d_in, int64_t d_out, int64_t num_ranks, int64_t num_experts, int64_t top_k,    \
+        int64_t flags, int64_t threads, double factor
+#define CALLED {num_tokens, d_in, d_out, num_ranks, num_experts, top_k, flags, threads, factor}
 
 // The sum of each of LANES vectors.
 inline Floats sums(const Floats *v) {
@@ -453,12 +451,11 @@ void few_dots(const T *const *rows, int64_t count, const float *x, int64_t d, fl
 extern "C" {
 
 // For a few tokens without gradients: the router's product too, and no packing. All tensors are contiguous.
-// flags: 1 sigmoid, 2 biased; bfloat16: 4 x, 8 y, 16 A, 32 B, 64 W_g.
-void rank_experts_decode(int64_t num_tokens, int64_t d_in, int64_t d_out, int64_t num_ranks, int64_t num_experts,
-                         int64_t top_k, double factor, int64_t flags, int64_t threads, void *x, void *A, void *B,
-                         void *weight, const float *bias, void *y, int64_t *indices) {
-    const Gate gate{num_experts, top_k, flags & 1, flags >> 1 & 1, float(factor)};
-    const int k = int(top_k), rho = int(num_ranks / num_experts);
+void rank_experts_decode(CALL, const void *x, const void *A, const void *B, const void *weight, const float *bias,
+                         void *y, int64_t *indices) {
+    const Call s = CALLED;
+    const Gate gate = s.gate();
+    const int k = int(top_k), rho = s.rho();
     // Kept by the thread, so that a call allocates nothing.
     static thread_local std::vector<float> kept;
     static thread_local std::vector<int64_t> order;
@@ -469,7 +466,7 @@ void rank_experts_decode(int64_t num_tokens, int64_t d_in, int64_t d_out, int64_
     float *u = keys + num_tokens * num_experts, *weights = u + num_tokens * num_ranks;
     int64_t *places = order.data();
     const float *source = wide;
-    if (flags & 4)
+    if (flags & 8)
         for (int64_t i = 0; i < num_tokens * d_in; i++) wide[i] = widen(((const bfloat16 *)x)[i]);
     else
         source = (const float *)x;
@@ -480,7 +477,7 @@ void rank_experts_decode(int64_t num_tokens, int64_t d_in, int64_t d_out, int64_
         const int self = thread();
         int64_t first, last;
         split(num_experts, self, team, first, last);
-        typed(Activation{weight, flags & 64}, [&](auto *matrix) {
+        s.tensor(weight, 256).typed([&](auto *matrix) {
             few_dots(matrix, first, last, source, d_in, num_tokens, d_in, logits, num_experts);
         });
 #pragma omp barrier
@@ -495,7 +492,7 @@ void rank_experts_decode(int64_t num_tokens, int64_t d_in, int64_t d_out, int64_
             float *value = keys + n * num_experts;  // the keys are done with
             for (int j = 0; j < k; j++) value[j] = gate.value(z[indices[n * k + j]], bias[indices[n * k + j]]);
             gate.weigh(value, own);
-            typed(Activation{A, flags & 16}, [&](auto *matrix) {
+            s.tensor(A, 64).typed([&](auto *matrix) {
                 using T = std::remove_pointer_t<decltype(matrix)>;
                 const T *rows[LANES];
                 float found[LANES];
@@ -515,8 +512,8 @@ void rank_experts_decode(int64_t num_tokens, int64_t d_in, int64_t d_out, int64_
         }
 #pragma omp barrier
         split(d_out, self, team, first, last);
-        typed(Activation{B, flags & 32}, [&](auto *matrix) {
-            typed(Activation{y, flags & 8}, [&](auto *to) {
+        s.tensor(B, 128).typed([&](auto *matrix) {
+            s.tensor(y, 32).typed([&](auto *to) {
                 using T = std::remove_pointer_t<decltype(matrix)>;
                 for (int64_t o = first; o < last; o += LANES) {
                     int count = int(last - o < LANES ? last - o : LANES);
@@ -540,33 +537,34 @@ void rank_experts_decode(int64_t num_tokens, int64_t d_in, int64_t d_out, int64_
 int64_t rank_experts_columns() { return COLUMNS; }
 
 // scratch: 4 bytes each of (⌈d_in / COLUMNS⌉ + ⌈d_out / COLUMNS⌉) · r · COLUMNS + N · k · ρ · 2 + threads · E · 2
-void rank_experts_forward(const Sizes *sizes, const Activation *x, const Matrix *A, const Matrix *Bt,
-                          const float *logits, int64_t logits_stride, const float *keys, const float *bias,
-                          const Activation *y, int64_t *indices, void *narrow, int64_t narrow_is_byte, float *values,
+void rank_experts_forward(CALL, const void *x, const void *A, const void *B, const float *logits, int64_t logits_stride,
+                          const float *keys, const float *bias, void *y, int64_t *indices, void *narrow, float *values,
                           float *projections, float *scratch) {
-    const Sizes s = *sizes;
+    const Call s = CALLED;
     const Gate gate = s.gate();
-    const int threads = int(s.threads), k = int(s.top_k), rho = s.rho(), m = k * rho;
+    const Tensor tensor_x = s.tensor(x, 16), tensor_y = s.tensor(y, 32);
+    const Tensor tensor_A = s.tensor(A, 64), tensor_B = s.tensor(B, 128);
+    const int k = int(s.top_k), rho = s.rho(), m = k * rho;
     const int64_t tiles_in = num_tiles(s.d_in), tiles_out = num_tiles(s.d_out), step = s.num_ranks * COLUMNS;
     int64_t *order = (int64_t *)scratch;
     float *packed_A = scratch + threads * s.num_experts * 2, *packed_B = packed_A + tiles_in * step;
     float *u = packed_B + tiles_out * step;
     int32_t *rows = (int32_t *)(u + s.num_tokens * m);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(int(threads))
     {
         const int self = thread();
-        for (int64_t t = self; t < tiles_in; t += threads) pack(*A, t * COLUMNS, width_of(t, s.d_in), packed_A + t * step);
+        for (int64_t t = self; t < tiles_in; t += threads) pack(tensor_A, s.num_ranks, s.d_in, t, packed_A + t * step);
         for (int64_t t = self; t < tiles_out; t += threads)
-            pack(*Bt, t * COLUMNS, width_of(t, s.d_out), packed_B + t * step);
+            pack_transposed(tensor_B, s.num_ranks, s.d_out, t, packed_B + t * step);
         int64_t first, last;
-        split(s.num_tokens, self, threads, first, last);
+        split(s.num_tokens, self, int(threads), first, last);
         for (int64_t n = first; n < last; n++) {
             int64_t *chosen = indices + n * k;
             gate.select(keys + n * s.num_experts, order + self * s.num_experts, chosen);
             for (int j = 0; j < k; j++) {
                 int64_t expert = chosen[j];
                 values[n * k + j] = gate.value(logits[n * logits_stride + expert], bias[expert]);
-                if (narrow_is_byte)
+                if (s.flags & 4)
                     ((uint8_t *)narrow)[n * k + j] = uint8_t(expert);
                 else
                     ((int32_t *)narrow)[n * k + j] = int32_t(expert);
@@ -578,7 +576,7 @@ void rank_experts_forward(const Sizes *sizes, const Activation *x, const Matrix 
         }
 #pragma omp barrier
         for (int64_t t = 0; t < tiles_in; t++)
-            typed(*x, [&](auto *src) {
+            tensor_x.typed([&](auto *src) {
                 dots(src + t * COLUMNS, s.d_in, width_of(t, s.d_in), first, last, rows, m, packed_A + t * step,
                      projections);
             });
@@ -591,22 +589,30 @@ void rank_experts_forward(const Sizes *sizes, const Activation *x, const Matrix 
             }
         }
         for (int64_t t = 0; t < tiles_out; t++)
-            typed(*y, [&](auto *dst) {
+            tensor_y.typed([&](auto *dst) {
                 axpys(dst + t * COLUMNS, s.d_out, width_of(t, s.d_out), first, last, rows, m, u, packed_B + t * step);
             });
     }
 }
 
-// sides: one with A and W_g for x; or, with dropout, one with A for the dropped x and one with W_g for x.
-// dB: (d_out, r), or null. bias: may be null unless the gate divides.
+// x is what the router read, dropped what A read where that is another tensor, else null. dx may hold the base layer's
+// share of the gradient; what it holds is lost where `fresh`. dA (r, d_in), dB (d_out, r), dweight (E, d_in) and the
+// gradients dx and ddropped are null where they are not needed; bias may be null unless the gate divides.
 // scratch: 4 bytes each of threads · (N · k · ρ + 2 · (r + E) · COLUMNS) + N · k · (3 · ρ + 2)
-void rank_experts_backward(const Sizes *sizes, const Activation *dy, const Matrix *Bt, const void *narrow,
-                           int64_t narrow_is_byte, const float *values, const float *projections, const float *bias,
-                           float *dB, const Side *sides, int64_t num_sides, float *scratch) {
-    const Sizes s = *sizes;
+void rank_experts_backward(CALL, const void *dy, const void *x, const void *dropped, const void *A, const void *B,
+                           const void *weight, const void *narrow, const float *values, const float *projections,
+                           const float *bias, void *dx, int64_t fresh, void *ddropped, float *dA, float *dB,
+                           float *dweight, float *scratch) {
+    const Call s = CALLED;
     const Gate gate = s.gate();
-    const int threads = int(s.threads), k = int(s.top_k), rho = s.rho(), m = k * rho;
-    const bool together = num_sides == 1;
+    const Tensor tensor_dy = s.tensor(dy, 32), tensor_B = s.tensor(B, 128);
+    const bool together = !dropped;
+    const Tensor tensor_A = s.tensor(A, 64), tensor_weight = s.tensor(weight, 256);
+    const Side both{s.tensor(x, 8),        s.tensor(dx, 8), s.d_in,       2, {tensor_A, tensor_weight},
+                    {num_ranks, num_experts}, {dA, dweight}};
+    const Side of_A{s.tensor(dropped, 16), s.tensor(ddropped, 16), s.d_in, 1, {tensor_A}, {num_ranks}, {dA}};
+    const Side of_router{s.tensor(x, 8), s.tensor(dx, 8), s.d_in, 1, {tensor_weight}, {num_experts}, {dweight}};
+    const int k = int(s.top_k), rho = s.rho(), m = k * rho;
     const int64_t tiles_out = num_tiles(s.d_out), count = s.num_tokens * m;
     const int64_t tile_size = 2 * (s.num_ranks + s.num_experts) * COLUMNS;
     float *du = scratch, *tiles = du + threads * count, *u = tiles + threads * tile_size;
@@ -616,18 +622,18 @@ void rank_experts_backward(const Sizes *sizes, const Activation *dy, const Matri
     const int stride = together ? m + k : m, expert_stride = together ? m + k : k;
     float *expert_coefficients = coefficients + (together ? m : count);
     int32_t *expert_rows = rows + (together ? m : count);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(int(threads))
     {
         const int self = thread();
         int64_t first, last;
-        split(s.num_tokens, self, threads, first, last);
+        split(s.num_tokens, self, int(threads), first, last);
         for (int64_t n = first; n < last; n++) {
             float *weights = u + n * m;
             gate.weigh(values + n * k, weights);
             for (int j = k - 1; j >= 0; j--) {
                 float g = weights[j] * gate.factor;
                 int64_t place = n * k + j;
-                int32_t expert = narrow_is_byte ? ((const uint8_t *)narrow)[place] : ((const int32_t *)narrow)[place];
+                int32_t expert = s.flags & 4 ? ((const uint8_t *)narrow)[place] : ((const int32_t *)narrow)[place];
                 expert_coefficients[n * expert_stride + j] = weights[j];
                 expert_rows[n * expert_stride + j] = expert;
                 for (int q = rho - 1; q >= 0; q--) {
@@ -643,9 +649,9 @@ void rank_experts_backward(const Sizes *sizes, const Activation *dy, const Matri
         for (int64_t t = self; t < tiles_out; t += threads) {
             float *gradient = dB ? tile + s.num_ranks * COLUMNS : nullptr;
             int width = width_of(t, s.d_out);
-            pack(*Bt, t * COLUMNS, width, tile);
+            pack_transposed(tensor_B, s.num_ranks, s.d_out, t, tile);
             if (gradient) std::memset(gradient, 0, s.num_ranks * COLUMNS * sizeof(float));
-            typed(*dy, [&](auto *src) {
+            tensor_dy.typed([&](auto *src) {
                 using T = std::remove_pointer_t<decltype(src)>;
                 outers<T, true, false>(src + t * COLUMNS, nullptr, false, s.d_out, width, s.num_tokens, rows, stride, m,
                                        u, tile, gradient, own);
@@ -685,11 +691,12 @@ void rank_experts_backward(const Sizes *sizes, const Activation *dy, const Matri
             }
         }
 #pragma omp barrier
+        const int team = int(threads);
         if (together) {
-            backward_of_side(sides[0], s.num_tokens, self, threads, rows, m + k, coefficients, tile);
+            backward_of_side(both, fresh, s.num_tokens, self, team, rows, m + k, coefficients, tile);
         } else {
-            backward_of_side(sides[0], s.num_tokens, self, threads, rows, m, coefficients, tile);
-            backward_of_side(sides[1], s.num_tokens, self, threads, expert_rows, k, expert_coefficients, tile);
+            backward_of_side(of_A, true, s.num_tokens, self, team, rows, m, coefficients, tile);
+            backward_of_side(of_router, fresh, s.num_tokens, self, team, expert_rows, k, expert_coefficients, tile);
         }
     }
 }

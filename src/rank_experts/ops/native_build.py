@@ -100,7 +100,10 @@ def _open(path: Path) -> ctypes.CDLL:
     except OSError as error:
         raise NativeBuildError(f"What the compiler made cannot be loaded: {error}.") from error
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    loaded.rank_experts_decode.argtypes = [*[integer] * 6, ctypes.c_double, *[integer] * 2, *[pointer] * 7]
+    common = [*[integer] * 8, ctypes.c_double]
+    loaded.rank_experts_decode.argtypes = [*common, *[pointer] * 7]
+    loaded.rank_experts_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 8]
+    loaded.rank_experts_backward.argtypes = [*common, *[pointer] * 11, integer, *[pointer] * 5]
     for function in (loaded.rank_experts_forward, loaded.rank_experts_backward, loaded.rank_experts_decode):
         function.restype = None
     return loaded
