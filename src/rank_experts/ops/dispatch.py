@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -16,11 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ..routing import Routing, TokenRouter
 from . import gate as torch_gate
+from . import native
+from .announcement import announce
 from .fused import Base, given_gates, token_gated
 from .gate import GateSpec
 from .reference import rank_experts_reference
 
-logger = logging.getLogger("rank_experts.ops")
+_CHOICES = {
+    "gate": "fused function, gate in PyTorch",
+    "triton_kernels": "fused function, gate in Triton",
+    "native": "native CPU kernel",
+}
 
 
 class Adapted(NamedTuple):
@@ -94,17 +99,11 @@ def rank_experts(
     if not isinstance(gate, TokenRouter):
         announce("fused PyTorch function")
         return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
-    kernels = gate_kernels(x, gate.weight, len(A), dtype)
-    announce("fused function, gate in PyTorch" if kernels is torch_gate else "fused function, gate in Triton")
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
+    kernels = gate_kernels(x, A, B, gate.weight, gate.top_k, dtype)
+    announce(_CHOICES[kernels.__name__.rpartition(".")[2]])
     y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
     return Adapted(y, indices)
-
-
-@functools.cache
-def announce(choice: str) -> None:
-    """Log a choice, the first time that it is made."""
-    logger.info("rank_experts computes adapted layers with: %s", choice)
 
 
 def _needs_reference(
@@ -202,10 +201,12 @@ def _may_overwrite(output: Tensor) -> bool:
     return not output._is_view() and not (output.is_leaf and output.requires_grad)
 
 
-def gate_kernels(x: Tensor, weight: Tensor, num_ranks: int, dtype: torch.dtype) -> ModuleType:
-    """Return `ops.gate`, or the module with the same functions that serves the case faster."""
+def gate_kernels(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, top_k: int, dtype: torch.dtype) -> ModuleType:
+    """Return `ops.gate`, or the module that serves a token gate faster."""
+    if x.is_cpu and native.supports((x, A, B, weight), dtype, top_k, weight.shape[0]):
+        return native
     if x.device.type == "cuda" and torch.float64 not in (x.dtype, weight.dtype) and (found := triton_kernels()):
-        return found if found.supports(dtype, num_ranks) else torch_gate
+        return found if found.supports(dtype, len(A)) else torch_gate
     return torch_gate
 
 

@@ -37,7 +37,7 @@ def token_gated(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y + s · (g ⊙ (dropped Aᵀ)) Bᵀ with a token gate, and what backward needs: see `fused.token_gated`."""
     spec = GateSpec(top_k, score_function, biased_gates, scale)
-    kernels = gate_kernels(x, weight, len(A), dtype)
+    kernels = gate_kernels(x, A, B, weight, top_k, dtype)
     y, _, chosen = token_forward(
         x, dropped, y.contiguous(), A, B, weight, balance_bias, spec, _apart(dtype), kernels, True
     )
@@ -78,7 +78,7 @@ def token_gated_backward(
 ) -> list[Tensor]:
     """Return those of the gradients of x, dropped, A, B and weight that are `needed`."""
     spec = GateSpec(top_k, score_function, biased_gates, scale)
-    kernels = gate_kernels(x, weight, len(A), dtype)
+    kernels = gate_kernels(x, A, B, weight, top_k, dtype)
     chosen = Chosen(indices, values, projections)
     asked = (needed[0], needed[1], False, *needed[2:])
     found = token_backward(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import native
 from .gate import Chosen, GateSpec
 
 # Below this many tokens two products cost less than putting A and W_g into one matrix.
@@ -51,6 +52,8 @@ def token_forward(
     """Return y (…, d_out), the chosen experts (N, k), and `Chosen`, or nothing where `keep` is false."""
     y = tensor if base.layer is None else base.layer(x)
     with no_autocast(x):
+        if kernels is native:
+            return native.token_forward(x, dropped, y, A, B, weight, balance_bias, spec, base, keep)
         flat = x.reshape(-1, x.shape[-1])
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         if dropped is None and dtype == base.dtype and len(flat) > _FEW_TOKENS:
@@ -104,6 +107,9 @@ def token_backward(
     with no_autocast(x):
         num_experts, num_ranks = weight.shape[0], A.shape[0]
         flat = dy.reshape(-1, dy.shape[-1])
+        if kernels is native:
+            dx = _base_backward(flat, base_weight, base) if needed[0] else None
+            return native.token_backward(dx, flat, x, dropped, A, B, weight, balance_bias, chosen, spec, needed)
         both, dB = kernels.backward(flat.to(base.dtype), B.to(base.dtype), chosen, balance_bias, spec, num_experts)
         dB = dB.to(B.dtype).t().contiguous() if needed[4] else None
         dx = _base_backward(flat, base_weight, base) if needed[0] else None
