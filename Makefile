@@ -67,8 +67,8 @@ compat: $(STAMP) ## run the tests with the oldest and the newest supported peft 
 	$(VENV)-oldest/bin/python -m pytest -n auto
 	$(BIN)/python -m pytest -n auto
 
-fuzz: $(STAMP) ## damage 10,000 adapters and try as many configs and tasks; writes docs/results/fuzz.json
-	RANK_EXPERTS_FUZZ=10000 RANK_EXPERTS_FUZZ_REPORT=docs/results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py
+fuzz: $(STAMP) ## damage 10,000 adapters, try as many configs, tasks and recipes; writes docs/results/fuzz.json
+	RANK_EXPERTS_FUZZ=10000 RANK_EXPERTS_FUZZ_REPORT=docs/results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_recipes.py
 
 check: $(STAMP) ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ from rank_experts import load_rank_experts, merge_rank_experts
 from rank_experts.assemble import build_trainer
 from rank_experts.cli import main
 from rank_experts.heads import load_classifier
+from rank_experts.report import inspect_adapter
 from rank_experts.tasks import TaskSampler
 from recipes import write_recipe
 
@@ -45,11 +46,12 @@ def test_train_evaluate_inspect_and_merge_a_classifier(recipe, capsys):
 
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
-    shown = capsys.readouterr().out
-    assert "MoRE" in shown
-    assert "head first: no, yes" in shown
-    assert main(["inspect", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tasks"] == ["first", "last"]
+    report = inspect_adapter(out)
+    assert capsys.readouterr().out == report.to_text()
+    assert report.facts["head first"] == "no, yes"
+    assert main(["inspect", str(out), "--json", "--html", str(folder / "page.html")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report.to_dict()))
+    assert (folder / "page.html").read_text() == report.to_html()
 
     merged = folder / "merged"
     assert main(["merge", str(out), str(merged), "--task", "last"]) == 0
@@ -114,7 +116,8 @@ def test_the_dry_run_counts_what_training_trains(recipe, capsys):
     assert main(["train", str(recipe), "training.max_steps=1"]) == 0
     capsys.readouterr()
     main(["inspect", str(recipe.parent / "out"), "--json"])
-    assert f"{json.loads(capsys.readouterr().out)['parameters']:,} parameters to train" in line
+    trained = json.loads(capsys.readouterr().out)["facts"]["parameters"].split()[0]
+    assert line.startswith(f"adapter: {trained} parameters to train")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect, "Say what an adapter's files hold; needs no base model.")
     inspect.add_argument("adapter", type=Path)
-    inspect.add_argument("--json", action="store_true", help="everything, as JSON")
+    inspect.add_argument("--json", action="store_true", help="print everything, as JSON")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write the report there too, as one page with plots")
 
     commands.add_parser(
         "demo", help="Train LoRA, SMoRA and MoRE on four tasks, on the CPU, in minutes.", add_help=False
@@ -168,7 +169,7 @@ def _recipe_and_data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def _show(recipe: Any, data: Any, training: Any) -> None:
     from .assemble import adapter_config, load_base
-    from .model import inject_rank_experts
+    from .inject import inject_rank_experts
     from .tasks import TaskMixture, TaskSampler
 
     for name, task in data.items():
@@ -212,14 +213,14 @@ def _print_metrics(metrics: dict[str, float], recipe: Any) -> None:
 
 def _merge(args: argparse.Namespace) -> int:
     from .assemble import load_adapted
-    from .heads import HEADS_CONFIG, HEADS_FILE
+    from .heads import HEADS_FILES
     from .merge import merge_rank_experts
 
     model = load_adapted(args.adapter, args.base)
     merge_rank_experts(model, task=args.task, safe_merge=True, unload=True)
     model.save_pretrained(args.out)
     for file in args.adapter.iterdir():
-        if file.name in (HEADS_CONFIG, HEADS_FILE) or file.name.startswith(("tokenizer", "special_tokens", "vocab")):
+        if file.name in HEADS_FILES or file.name.startswith(("tokenizer", "special_tokens", "vocab")):
             shutil.copyfile(file, args.out / file.name)
     print(f"The merged model is in {args.out}.")
     return 0
@@ -256,10 +257,12 @@ def _calibration(file: Path, tokenizer_name: str) -> list[Any]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .inspection import format_report, inspect_adapter
+    from .report import inspect_adapter
 
     report = inspect_adapter(args.adapter)
-    print(json.dumps(report, indent=2) if args.json else format_report(report))
+    if args.html is not None:
+        report.save(args.html)
+    print(json.dumps(report.to_dict(), indent=2, allow_nan=False) if args.json else report.to_text().rstrip())
     return 0
 
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .base_weight import check_readable, keep_weight, read_weight, restore_weight, write_weight
 from .context import Call, RoutingScope, task_ids_of_layer
 from .ops import Adapted, rank_experts
-from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
+from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples, pool_gathered
 
 
 class AdapterSettings(NamedTuple):
@@ -207,13 +207,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
-            mask = call.token_mask(x)
-            example_ids = _one_id_an_example(ids, x)
-            examples = x.reshape(example_ids.shape[0], -1, self.in_features)
-            mask = None if mask is None else mask.view(examples.shape[:2])
-            pooled = pool_examples(examples, mask, settings.pooling)
-            present = None if mask is None else mask.any(1)
-            loss = router.contrast(pooled, example_ids, settings.contrastive_temperature, present)
+            loss = self._contrast(router, ids, x, settings, call)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
         routing: Routing = router(ids)
         self._observe(routing, x, adapter_name)
@@ -221,6 +215,22 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             return routing.gates, router.r  # An accelerator would have to be waited for.
         used = int(routing.indices.max())
         return routing.gates[:, :used], used
+
+    def _contrast(self, router: TaskRouter, ids: Tensor, x: Tensor, settings: AdapterSettings, call: Call) -> Tensor:
+        mask = call.token_mask(x)
+        if call.gathered is not None:
+            tokens, num_tokens, num_examples = call.gathered
+            example = tokens // (num_tokens // num_examples)
+            pooled, present = pool_gathered(x, example, tokens, num_examples, mask, settings.pooling)
+            ids = ids.new_zeros(num_examples).scatter(0, example, ids.expand(len(tokens)))
+            return router.contrast(pooled, ids, settings.contrastive_temperature, present)
+        example_ids = _one_id_an_example(ids, x)
+        examples = x.reshape(example_ids.shape[0], -1, self.in_features)
+        mask = None if mask is None else mask.view(examples.shape[:2])
+        pooled = pool_examples(examples, mask, settings.pooling)
+        return router.contrast(
+            pooled, example_ids, settings.contrastive_temperature, None if mask is None else mask.any(1)
+        )
 
     def _wants_routing(self, adapter_name: str) -> bool:
         # Beyond the choice itself: the probabilities, for the balancing loss or for whoever watches.
@@ -449,10 +459,10 @@ def in_out_features(module: nn.Module, path: str) -> tuple[int, int]:
     if isinstance(module, nn.Linear) or (all(isinstance(size, int) for size in sizes) and _takes_one_input(module)):
         return sizes  # type: ignore[return-value]
     if stacked := stacked_experts(module):
+        names = [f"{path.rpartition('.')[2]}.{name}" for name in stacked]
         raise TypeError(
-            f"{path} is a {type(module).__name__}, a mixture of experts with the 3-D parameters {stacked}: "
-            "rank experts adapt linear layers, not single parameters. Leave it out of target_modules and adapt the "
-            "attention's projections, or use peft's LoraConfig(target_parameters=[...]) for the experts."
+            f"{path} is a {type(module).__name__}, a mixture of experts with the 3-D parameters {stacked}, which are "
+            f"no linear layers. Leave it out of target_modules, and name its parameters: target_parameters={names}."
         )
     raise TypeError(
         f"{path} is a {type(module).__name__}: rank experts adapt nn.Linear, transformers' Conv1D, and layers of other "

@@ -23,7 +23,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from ._warnings import warn_once
 from .balance import count_idle, dead_experts, take_nan_examples, update_router_bias
@@ -353,7 +352,6 @@ class RankExpertTrainerMixin(_Base):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _restore(self, owner: nn.Module, folder: str) -> None:
         restore_rank_experts(owner, folder, _adapter_name(owner))
