@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/rank_experts"
-TOP = {"src", "tests", "docs", "examples", "README.md", "LICENSE", "Makefile", "pyproject.toml"}
+TOP = {"src", "tests", "docs", "examples", ".github", "README.md", "LICENSE", "Makefile"}
+TOP |= {"pyproject.toml", ".zensical.toml"}
 
 needs_build = pytest.mark.skipif(
     any(find_spec(tool) is None for tool in ("build", "hatchling", "twine")), reason="needs the extra dev"
@@ -139,4 +140,4 @@ def test_the_version_is_in_the_changelog():
     tag = os.environ.get("TAG")
     if tag is not None:
         assert tag == f"v{__version__}"
-        assert sections[1] == __version__, "move what is under Unreleased into a section of its own"
+        assert sections[1:2] == [__version__], "move what is under Unreleased into a section of its own"
