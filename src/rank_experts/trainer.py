@@ -372,11 +372,12 @@ class RankExpertTrainerMixin(_Base):
 
 
 class RankExpertTrainer(RankExpertTrainerMixin, Trainer):
-    """`Trainer` for rank experts on several tasks. Takes what `Trainer` takes, and:
+    """`Trainer` for rank experts on several tasks.
+
+    Takes what `Trainer` takes. `train_dataset` may be a `TaskMixture`, or a dataset with a column "task_ids" (any
+    other is sampled as `Trainer` does), and `eval_dataset` a `TaskMixture`, or a dict of task name to dataset.
 
     Args:
-        train_dataset: A `TaskMixture`, or a dataset with a column "task_ids"; any other is sampled as `Trainer` does.
-        eval_dataset: A `TaskMixture`, or a dict of task name to dataset.
         metrics: Task name to a metric's name (`metrics.METRICS`), a function (predictions, labels) → score, or
             several. Then `eval_<task>_<metric>` and `eval_mean` are reported; `metric_for_best_model="mean"` works.
         sampling: The sampling law, "balanced" where left out; see `tasks.sampling_weights`.
