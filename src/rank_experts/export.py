@@ -81,10 +81,10 @@ def export_lora(
         raise ValueError(
             f"task={task!r}: adapter {adapter_name!r} has router {config.router!r} and knows no tasks. Leave task out."
         )
-    for path, layer in layers.items():
+    for layer_path, layer in layers.items():
         if isinstance(layer.base_layer, ExpertProjection):
             raise ValueError(
-                f"{path} is one of a mixture's experts, which a plain LoRA does not name: it cannot be exported. Keep "
+                f"{layer_path} is one of a mixture's experts, which a plain LoRA does not name: it cannot be exported. Keep "
                 "the adapter (save_rank_experts), or merge it, unless it routes by token (merge_rank_experts), and "
                 "save the model."
             )
