@@ -211,3 +211,14 @@ def test_what_is_wrong_with_a_disk_or_a_target_is_said_too(recipe, capsys, monke
         assert f"rank-experts inspect: {error}" in capsys.readouterr().err
         with pytest.raises(type(error)):
             main(["inspect", str(recipe.parent), "--traceback"])
+
+
+@pytest.mark.parametrize("missing", ["ruamel.yaml", "datasets"])
+def test_an_extra_that_is_missing_is_named(recipe, capsys, monkeypatch, missing):
+    for name in ("recipe", "recipe_yaml", "prepare", "assemble"):
+        monkeypatch.delitem(sys.modules, f"rank_experts.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    shown = capsys.readouterr().err
+    assert missing in shown
+    assert "pip install 'rank-experts[train]'" in shown

@@ -1,7 +1,6 @@
 """What the commands of the command line do; `rank_experts_cli` reads the arguments and calls these.
 
-Every command imports what it needs when it runs: what `inspect` needs is a part of what `train` needs, and an extra
-that is missing stops only the command that needs it.
+Every command imports what it needs when it runs, so that an extra that is missing stops only the command that needs it.
 """
 
 from __future__ import annotations
@@ -13,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 RECIPE_COPY = "recipe.yaml"
-
-
-def _needs(extra: str, error: ImportError) -> ImportError:
-    return ImportError(f"{error}. Install what this command needs: pip install 'rank-experts[{extra}]'")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -73,11 +68,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> Any:
-    try:
-        from . import prepare  # noqa: F401  # what the data needs is missed here, before anything is read
-        from .recipe import read_recipe
-    except ImportError as error:
-        raise _needs("train", error) from error
+    from .recipe import read_recipe
+
     return read_recipe(args.recipe, args.overrides)
 
 

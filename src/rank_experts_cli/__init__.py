@@ -16,6 +16,7 @@ from pathlib import Path
 _RECIPE = "a YAML file: model, adapter, tasks and training, see docs/training.md"
 _OVERRIDES = "values that replace the recipe's, for instance training.learning_rate=1e-3"
 _ADAPTER = "the adapter's folder"
+_EXTRAS = {"train": "train", "evaluate": "train"}
 _BASE = "the base model, where it is not the one that the adapter names"
 
 
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, TypeError, ValueError) as error:
         if args.traceback:
             raise
-        print(f"rank-experts {args.name}: {error}", file=sys.stderr)
+        extra = _EXTRAS.get(args.name) if isinstance(error, ModuleNotFoundError) else None
+        hint = f". Install what this command needs: pip install 'rank-experts[{extra}]'" if extra else ""
+        print(f"rank-experts {args.name}: {error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
