@@ -246,6 +246,7 @@ def test_bad_input_writes_nothing(tmp_path):
         export_lora(model, tmp_path / "lora", task="rte")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
+    _, model = adapted("bert", more())
     with pytest.raises(NotADirectoryError, match="is a file"):
         export_lora(model, tmp_path / "file", task="cola")
 

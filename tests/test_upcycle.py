@@ -257,7 +257,11 @@ def test_damaged_files(tmp_path, loras):
     with pytest.raises(FileNotFoundError, match="holds no adapter_model"):
         from_lora(MODELS["bert"](), loras["math"])
     torch.save(tensors, loras["math"] / "adapter_model.bin")
-    from_lora(MODELS["bert"](), loras["math"])
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle.*save it again.*save_pretrained"):
+        from_lora(MODELS["bert"](), loras["math"])
+    file.symlink_to(loras["code"] / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"is a link to .* outside of the folder"):
+        from_lora(MODELS["bert"](), loras["math"])
 
 
 def test_forcing_what_cannot_be_forced(loras):

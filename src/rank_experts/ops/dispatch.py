@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -16,11 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ..routing import Routing, TokenRouter
 from . import gate as torch_gate
+from . import native
+from .announcement import announce
 from .fused import Base, given_gates, token_gated
 from .gate import GateSpec
 from .reference import rank_experts_reference
 
-logger = logging.getLogger("rank_experts.ops")
+_CHOICES = {
+    "gate": "fused function, gate in PyTorch",
+    "triton_kernels": "fused function, gate in Triton",
+    "native": "native CPU kernel",
+}
 
 
 class Adapted(NamedTuple):
@@ -51,9 +56,9 @@ def rank_experts(
 ) -> Adapted:
     """Compute base(x) + s · (g ⊙ (dropout(x) Aᵀ)) Bᵀ by the fastest implementation that serves the case.
 
-    The plain reference is taken under `torch.compile`, export and functional transforms, for tensors that are not
-    plain ones, and where the whole routing is wanted; else the fused function, with Triton kernels where they run.
-    All select the same experts for the same logits.
+    The plain reference is taken for export and functional transforms, for tensors that are not plain ones, and where
+    the whole routing is wanted; else the fused function, with Triton kernels where they run; under `torch.compile` the
+    same as one node of the graph. All select the same experts for the same logits.
 
     Args:
         base_layer: The frozen layer.
@@ -82,6 +87,8 @@ def rank_experts(
         if not torch.compiler.is_compiling():
             announce(f"plain PyTorch, because {reason}")
         return _reference(base_layer, x, A, B, gate, scale, dropped, output)
+    if torch.compiler.is_compiling():
+        return _one_node(base_layer(x) if output is None else output, x, dropped, A, B, gate, scale, dtype)
     fresh = _is_plain(base_layer)
     if output is None and fresh and _joins(base_layer, x, autocast):
         base = Base(base_layer, isinstance(base_layer, Conv1D), True, dtype)
@@ -92,25 +99,19 @@ def rank_experts(
     if not isinstance(gate, TokenRouter):
         announce("fused PyTorch function")
         return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
-    kernels = _kernels(x, A, gate, dtype)
-    announce("fused function, gate in PyTorch" if kernels is torch_gate else "fused function, gate in Triton")
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
+    kernels = gate_kernels(x, A, B, gate.weight, gate.top_k, dtype)
+    announce(_CHOICES[kernels.__name__.rpartition(".")[2]])
     y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
     return Adapted(y, indices)
-
-
-@functools.cache
-def announce(choice: str) -> None:
-    """Log a choice, the first time that it is made."""
-    logger.info("rank_experts computes adapted layers with: %s", choice)
 
 
 def _needs_reference(
     x: Tensor, A: Tensor, B: Tensor, gate: TokenRouter | Tensor | None, autocast: bool, want_routing: bool
 ) -> str:
     # Why only the reference serves, or an empty string.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "the layer is being traced"
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "the layer is being exported"
     if want_routing:
         return "the router's probabilities are wanted"
     weight = gate.weight if isinstance(gate, TokenRouter) else A
@@ -148,6 +149,25 @@ def _reference(
     return Adapted(flat.reshape(y.shape), None if routing is None else routing.indices, routing)
 
 
+def _one_node(
+    y: Tensor,
+    x: Tensor,
+    dropped: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate: TokenRouter | Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> Adapted:
+    # By name, as `node.py` has registered them: it runs what is decided here.
+    op = torch.ops.rank_experts
+    if not isinstance(gate, TokenRouter):
+        return Adapted(op.given_gates(y, x if dropped is None else dropped, A, B, gate, scale, dtype)[0])
+    constants = (gate.top_k, gate.score_function, gate.biased_gates, scale, dtype)
+    y, indices, *_ = op.token_gated(y, x, dropped, A, B, gate.weight, gate.balance_bias, *constants)
+    return Adapted(y, indices.long())
+
+
 def _is_plain(base_layer: nn.Module) -> bool:
     # Whether nothing but the caller can hold on to the layer's output.
     return (
@@ -181,8 +201,11 @@ def _may_overwrite(output: Tensor) -> bool:
     return not output._is_view() and not (output.is_leaf and output.requires_grad)
 
 
-def _kernels(x: Tensor, A: Tensor, gate: TokenRouter, dtype: torch.dtype) -> ModuleType:
-    if x.device.type == "cuda" and torch.float64 not in (x.dtype, gate.weight.dtype) and (found := triton_kernels()):
+def gate_kernels(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, top_k: int, dtype: torch.dtype) -> ModuleType:
+    """Return `ops.gate`, or the module that serves a token gate faster."""
+    if x.is_cpu and native.supports((x, A, B, weight), dtype, top_k, weight.shape[0]):
+        return native
+    if x.device.type == "cuda" and torch.float64 not in (x.dtype, weight.dtype) and (found := triton_kernels()):
         return found if found.supports(dtype, len(A)) else torch_gate
     return torch_gate
 
