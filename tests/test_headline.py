@@ -28,7 +28,7 @@ def copy(tmp_path):
 
 
 def pages(root: Path) -> list[str]:
-    return [(root / name).read_text() for name in ("README.md", "docs/results.md")]
+    return [(root / name).read_text() for name in ("README.md", "docs/results.md", "docs/export.md")]
 
 
 def record(method: str, seed: int, task: str, metric: str, value: float) -> dict:

@@ -1,4 +1,4 @@
-"""Write the figures of the README and of docs/results.md, with their plot, from the results in docs/results.
+"""Write the figures of the README, docs/results.md and docs/export.md, with their plot, from docs/results.
 
     python examples/benchmarks/headline.py
 
@@ -108,6 +108,23 @@ def speed(result: dict[str, Any]) -> str:
     return markdown(["width", "dtype", "time", "time beyond the frozen layer's", "bytes kept for backward"], rows)
 
 
+def static_forms(records: Records) -> str:
+    """Write how well static LoRAs stand for a token-routed adapter, a table for each set of data."""
+    tables = []
+    for data, title in {"demo": "On the demo:", "glue": "On GLUE, seven tasks:"}.items():
+        if not (own := [record for record in records if record["data"] == data]):
+            continue
+        rows = []
+        for record in own:
+            share = "" if record["explained"] is None else f"{record['explained']:.1%}"
+            loss = "" if record["loss"] is None else f"{record['loss']:.3f}"
+            values = [f"{100 * value:.1f}" for value in (record["mean"], *record["scores"].values())]
+            rows.append([record["form"], str(record["r"] or ""), share, loss, *values])
+        head = ["static form", "ranks", "energy explained", "loss", "mean score", *own[0]["scores"]]
+        tables += [title, markdown(head, rows)]
+    return "\n\n".join(tables)
+
+
 def fuzz(result: dict[str, Any]) -> str:
     """Write what became of the damaged adapters."""
     names = ("folders", "accepted wrongly", "crashed", "model changed by a refusal")
@@ -115,17 +132,24 @@ def fuzz(result: dict[str, Any]) -> str:
 
 
 def main(root: Path = ROOT) -> None:
-    """Rewrite the README and docs/results.md."""
+    """Rewrite the pages' parts."""
     results = root / "docs/results"
     parts = {}
-    for name, write in {"demo": demo, "glue_small": glue, "layer": speed, "fuzz": fuzz}.items():
+    for name, write in {
+        "demo": demo,
+        "glue_small": glue,
+        "layer": speed,
+        "fuzz": fuzz,
+        "static_export": static_forms,
+    }.items():
         if (file := results / f"{name}.json").exists():
             parts[name] = write(json.loads(file.read_text()))
     if "glue_small" in parts:
         glue_plot(json.loads((results / "glue_small.json").read_text()), results / "glue_small.svg")
         if (results / "glue_small.md").exists():
             parts["glue_small"] += "\n\n[All figures, ablations and learning rates](results/glue_small.md)."
-    for page, folder in ((root / "README.md", "docs/results/"), (root / "docs/results.md", "results/")):
+    pages = {"README.md": "docs/results/", "docs/results.md": "results/", "docs/export.md": "results/"}
+    for page, folder in ((root / name, folder) for name, folder in pages.items()):
         text = page.read_text(encoding="utf-8")
         for part, content in parts.items():
             if f"<!-- {part}: " in text:

@@ -6,8 +6,8 @@
 
 Takes a trained SMoRA adapter, the demo's or one that it trains on GLUE as glue_small.py does, makes it static in
 several ways on training examples, and measures for each the share of the adapter's output energy that it explains
-there, the loss there, and the scores on held-out examples. Records go to docs/results/static_export.json, the table
-to docs/export.md.
+there, the loss there, and the scores on held-out examples. Records go to docs/results/static_export.json;
+`headline.py` makes tables of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from marked import write_between_marks
 from rank_experts.calibrate import METHODS, calibrate, static_adapter
 from rank_experts.demo import adapters
 from rank_experts.demo.batches import encode, evaluation_batches
@@ -33,7 +32,6 @@ from rank_experts.demo.tasks import Example, make_examples
 from rank_experts.demo.train import accuracy, predict
 
 RECORDS = Path("docs/results/static_export.json")
-PAGE = Path("docs/export.md")
 Record = dict[str, Any]
 Score = Callable[[], dict[str, float]]
 
@@ -107,24 +105,6 @@ def of_glue(options: argparse.Namespace, arguments: list[str]) -> list[Record]:
         return compare("glue", model, batches, options.ranks, score)
 
 
-def table(records: list[Record]) -> str:
-    """Return the records as Markdown tables."""
-    lines = []
-    for data in dict.fromkeys(record["data"] for record in records):
-        own = [record for record in records if record["data"] == data]
-        tasks = list(own[0]["scores"])
-        header = ["static form", "ranks", "energy explained", "loss", "mean score", *tasks]
-        lines += [{"demo": "The demo:", "glue": "GLUE, seven tasks:"}[data], ""]
-        lines += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-        for record in own:
-            share = "" if record["explained"] is None else f"{record['explained']:.1%}"
-            loss = "" if record["loss"] is None else f"{record['loss']:.3f}"
-            scores = [f"{100 * value:.1f}" for value in (record["mean"], *record["scores"].values())]
-            lines.append(f"| {' | '.join([record['form'], str(record['r'] or ''), share, loss, *scores])} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=128, help="calibration examples a task, a multiple of 16")
@@ -139,7 +119,6 @@ def main() -> None:
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else []
     records = [record for record in records if record["data"] != options.data] + found
     RECORDS.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-    write_between_marks(PAGE, "static forms", table(records))
 
 
 if __name__ == "__main__":
