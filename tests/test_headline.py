@@ -58,7 +58,7 @@ def test_new_results_reach_both_pages(headline, copy):
     (results / "glue_small.json").write_text(json.dumps(records))
     (results / "glue_small.md").write_text("# All\n")
     headline.main(copy)
-    for page, folder in zip(pages(copy), ("docs/results", "results"), strict=True):
+    for page, folder in zip(pages(copy)[:2], ("docs/results", "results"), strict=True):
         assert "| SMoRA | 0.750 | 0.500 | 0.625 | 1,234 |" in page
         assert "| smora_r64_k8 | 55.0 ± 7.1 |" in page
         assert f"]({folder}/glue_small.svg)" in page
