@@ -179,6 +179,8 @@ def test_what_is_no_checkpoint_of_either(tmp_path):
         (smora | {key: torch.ones(5, 32)}, {}, r"lora_router.weight has shape \(5, 32\), expected \(4, 32\)"),
         (smora | {key: torch.full((4, 32), float("inf"))}, {}, "not finite"),
         (smora, {"activate_r": None}, "activate_r=None: expected a number"),
+        (smora, {"lora_alpha": 0}, "lora_alpha=0: expected a number above 0"),
+        (smora, {"rank_partition": -2}, "rank_partition=-2: expected a number above 0"),
         (smora, {"r": 16}, r"has shape \(8, 32\), expected \(16, 32\)"),
         (more_tensors("bert"), {"r": 4}, "r=4: MoRE's code has gates for 8 ranks"),
     ]
