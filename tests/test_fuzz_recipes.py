@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from rank_experts.assemble import training_arguments
-from rank_experts.cli import main
 from rank_experts.recipe import Recipe, RecipeError, read_recipe
+from rank_experts_cli import main
 from recipes import CLASSIFICATION, TEXT, write_recipe
 
 CASES = int(os.environ.get("RANK_EXPERTS_FUZZ", "300"))
@@ -59,6 +59,7 @@ def edited_values(draw):
             node = node[step]
         action = draw(st.sampled_from(["replace", "replace", "remove", "rename", "add"]))
         junk = draw(st.sampled_from(JUNK) | st.text(max_size=8) | st.integers() | st.floats())
+        junk = copy.deepcopy(junk)
         if action == "replace":
             node[last] = junk
         elif action == "remove":

@@ -85,7 +85,7 @@ def export_lora(
         if isinstance(layer.base_layer, ExpertProjection):
             raise ValueError(
                 f"{layer_path} is one of a mixture's experts, which a plain LoRA does not name: it cannot be exported. "
-                "Keep the adapter (save_rank_experts), or merge it, unless it routes by token (merge_rank_experts), "
+                "Keep the adapter (save_rank_experts); or merge it, unless it routes by token (merge_rank_experts), "
                 "and save the model."
             )
     if calibration is not None:

@@ -38,7 +38,7 @@ class Lines:
         """Return the line of a value, 1 for the first, or of the nearest one around it that is there."""
         node, line = self.root, 0
         for step in location:
-            entries = getattr(node, "value", None)
+            entries: Any = getattr(node, "value", None)
             if isinstance(node, MappingNode):
                 found = [(key, value) for key, value in entries if key.value == str(step)]
             elif isinstance(entries, list) and isinstance(step, int) and step < len(entries):
