@@ -5,7 +5,7 @@ has a comment in front that says why: `<!-- skip: next "needs a GPU" -->`. Langu
 
 - python: runs.
 - bash: `rank-experts` runs in this process, which spares an import of torch each time; `make` must name a target; any
-  other block goes to a shell.
+  other block goes to a shell, with a port that is free in place of the one that it names.
 - yaml: a recipe for `rank-experts train`, which must be valid. One that begins with `# name.yaml` becomes that file.
 - text: formulas and output, not run.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,12 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+def on_a_free_port(source: str) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return re.sub(r"(--port |localhost:)\d+", rf"\g<1>{probe.getsockname()[1]}", source)
+
+
 def run_bash(example) -> None:
     source = str(example.parsed)
     lines = [line for line in source.replace("\\\n", " ").splitlines() if line.strip() and line[0] != "#"]
@@ -57,7 +64,7 @@ def run_bash(example) -> None:
         return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", source],
+        ["bash", "-euo", "pipefail", "-c", on_a_free_port(source)],
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,

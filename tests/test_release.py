@@ -18,7 +18,7 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "src/rank_experts"
+SOURCE = ROOT / "src"
 TOP = {"src", "tests", "docs", "examples", ".github", "README.md", "LICENSE", "Makefile"}
 TOP |= {"pyproject.toml", ".zensical.toml"}
 
@@ -54,9 +54,9 @@ def test_twine_accepts_both(built):
 
 
 @needs_build
-def test_the_wheel_holds_the_package_and_nothing_else(built):
+def test_the_wheel_holds_the_packages_and_nothing_else(built):
     names = {name for name in zipfile.ZipFile(wheel(built)).namelist() if ".dist-info/" not in name}
-    there = {str(file.relative_to(PACKAGE.parent)) for file in PACKAGE.rglob("*") if file.is_file()}
+    there = {str(file.relative_to(SOURCE)) for file in SOURCE.rglob("*") if file.is_file()}
     assert names == {name for name in there if "__pycache__" not in name}
     assert "rank_experts/py.typed" in names
 
