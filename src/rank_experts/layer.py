@@ -155,8 +155,9 @@ class RankExpertLinear(nn.Module, MergeableLayer):
 
     def _apply_adapter(self, result: Tensor | None, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
         # The result so far, or None before the base layer: the op applies it where that saves passes.
-        router, dropout = self._router(adapter_name), self.rank_expert_dropout[adapter_name]
-        A, B = self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name]
+        settings = self.settings[adapter_name]
+        A, B, router, dropout = (_held(self._modules[name], adapter_name) for name in _CONTAINERS)
+        scale = settings.alpha / (router.top_k if isinstance(router, TokenRouter) else A.shape[0])
         gate: TokenRouter | Tensor | None = router if isinstance(router, TokenRouter) else None
         if isinstance(router, TaskRouter):
             gate, used = self._task_gates(router, x, adapter_name, call)
@@ -167,12 +168,12 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             A,
             B,
             gate,
-            scale=self.scale(adapter_name),
+            scale=scale,
             dropout=dropout if isinstance(dropout, nn.Dropout) and dropout.training else None,
             output=result,
             want_routing=self._wants_routing(adapter_name),
         )
-        if isinstance(router, TokenRouter):
+        if isinstance(router, TokenRouter) and (self.training or adapted.routing is not None):
             self._report(adapted, router, x, adapter_name, call)
         return adapted.y
 
@@ -286,6 +287,18 @@ class RankExpertLinear(nn.Module, MergeableLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether PEFT may convert this layer's adapter to LoRA: only a dense one is static."""
         return self._router(adapter_name) is None
+
+
+_CONTAINERS = ("rank_expert_A", "rank_expert_B", "rank_expert_router", "rank_expert_dropout")
+
+
+def _held(container: Any, name: str) -> Any:
+    # What a ParameterDict or ModuleDict holds, from where nn.Module keeps it: their own look-up takes microseconds, of
+    # which decoding has few. None: nothing.
+    found = container._parameters.get(name)
+    if found is None:
+        found = container._modules.get(name)
+    return container[name] if found is None and name in container else found
 
 
 def _one_id_an_example(ids: Tensor, x: Tensor) -> Tensor:

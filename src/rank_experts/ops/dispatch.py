@@ -22,6 +22,7 @@ from .gate import GateSpec
 from .reference import rank_experts_reference
 
 
+_PLAIN = {Tensor, nn.Parameter}
 _CHOICES = {
     "gate": "fused function, gate in PyTorch",
     "triton_kernels": "fused function, gate in Triton",
@@ -89,7 +90,18 @@ def rank_experts(
             announce(f"plain PyTorch, because {reason}")
         return _reference(base_layer, x, A, B, gate, scale, dropped, output)
     fresh = _is_plain(base_layer)
-    if output is None and fresh and _joins(base_layer, x, autocast):
+    if (
+        fresh
+        and output is None
+        and dropped is None
+        and not autocast
+        and not torch.is_grad_enabled()
+        and isinstance(gate, TokenRouter)
+        and (decoded := native.decode(base_layer, x, A, B, gate, scale)) is not None
+    ):
+        announce(_CHOICES["native"])
+        return Adapted(*decoded)
+    if output is None and fresh and torch.is_grad_enabled() and _joins(base_layer, x, autocast):
         base = Base(base_layer, isinstance(base_layer, Conv1D), True, dtype)
         tensor: Tensor = base_layer.weight  # type: ignore[assignment]
     else:
@@ -114,11 +126,11 @@ def _needs_reference(
     if want_routing:
         return "the router's probabilities are wanted"
     weight = gate.weight if isinstance(gate, TokenRouter) else A
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, A, B, weight)):
+    if not {type(x), type(A), type(B), type(weight)} <= _PLAIN:
         return "a tensor is of a subclass"
     if torch._C._are_functorch_transforms_active():
         return "a functional transform is active"
-    if x.device.type == "meta":
+    if x.is_meta:
         return "the tensors hold no data"
     if autocast and x.dtype == torch.float64:
         return "autocast leaves float64 alone"
