@@ -40,9 +40,14 @@ def supports(tensors: Sequence[Tensor], dtype: torch.dtype, top_k: int, num_expe
         top_k: k.
         num_experts: E.
     """
-    if dtype not in _DTYPES or 4 * top_k > num_experts or library() is None:
+    if dtype not in _DTYPES or not pays(top_k, num_experts) or library() is None:
         return False
     return all([tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors])
+
+
+def pays(top_k: int, num_experts: int) -> bool:
+    """Say whether so few experts are active that multiplying only them is faster than dense products."""
+    return 4 * top_k <= num_experts
 
 
 def decode(
