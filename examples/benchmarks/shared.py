@@ -8,10 +8,8 @@ python examples/benchmarks/shared.py --tokens 64 512 --width 768 2048
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from itertools import product
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,8 +17,7 @@ from torch import Tensor, nn
 
 from measure import in_turn, machine, write
 from rank_experts import RankExpertConfig, inject_rank_experts
-from rank_experts.ops import native
-from variants import step
+from variants import pytorch_or_native, step
 
 NAMES = ["q", "k", "v"]
 
@@ -53,20 +50,10 @@ def variant(kind: str, d: int, dtype: torch.dtype) -> nn.Module:
     return inject_rank_experts(model, config, autocast_adapter_dtype=False)
 
 
-def without_native(run: Callable[[], None]) -> Callable[[], None]:
-    """Run with the native kernel out of the way."""
-
-    def run_so() -> None:
-        with patch.object(native, "supports", lambda *args: False):
-            run()
-
-    return run_so
-
-
 def main() -> None:
     """Read the arguments, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--width", type=int, nargs="+", default=[768, 2048])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=9)
@@ -75,13 +62,12 @@ def main() -> None:
     parser.add_argument("--name", default="shared")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kinds = ["base", "lora64", "smora apart", "smora shared", "dense64 apart", "dense64 shared"]
+    kinds = ["base", "lora64", "smora apart", "smora shared", "dense64 apart", "dense64 shared", "smora native"]
     rows = []
     for dtype_name, d, num_tokens in product(args.dtype, args.width, args.tokens):
         dtype = getattr(torch, dtype_name)
         x, dy = torch.randn(num_tokens, d, dtype=dtype, requires_grad=True), torch.randn(num_tokens, d, dtype=dtype)
-        runs = {kind: without_native(step(variant(kind, d, dtype).train(), x, dy)) for kind in kinds}
-        runs["smora native"] = step(variant("smora apart", d, dtype).train(), x, dy)
+        runs = {kind: pytorch_or_native(kind, step(variant(kind, d, dtype).train(), x, dy)) for kind in kinds}
         times = in_turn(runs, args.repeats, args.clock)
         base, lora = (times[kind]["median_ms"] for kind in ("base", "lora64"))
         overhead = {name: round((value["median_ms"] - base) / (lora - base), 3) for name, value in times.items()}
