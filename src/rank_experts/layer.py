@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adaptable import in_out_features
 from .context import Call, RoutingScope, task_ids_of_layer
 from .mergeable import MergeableLayer
-from .ops import Adapted, rank_experts
+from .ops import Adapted, Reader, rank_experts
 from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
 
 
@@ -31,6 +31,7 @@ class AdapterSettings(NamedTuple):
         contrastive_coef: Weight of the contrastive loss; task router.
         contrastive_temperature: Its temperature.
         pooling: "mean", "first" or "last".
+        share_inputs: Compute x · [A; W_g]ᵀ together with other layers that read the same x.
     """
 
     alpha: float
@@ -40,6 +41,7 @@ class AdapterSettings(NamedTuple):
     contrastive_coef: float = 0.0
     contrastive_temperature: float = 0.05
     pooling: str = "mean"
+    share_inputs: bool = True
 
 
 class RankExpertLinear(nn.Module, MergeableLayer):
@@ -162,6 +164,9 @@ class RankExpertLinear(nn.Module, MergeableLayer):
         if isinstance(router, TaskRouter):
             gate, used = self._task_gates(router, x, adapter_name, call)
             A, B = (A, B) if used == len(A) else (A[:used], B[:, :used])
+        shared = None
+        if call is not None and not torch.compiler.is_compiling():
+            shared = call.inputs.take(self, adapter_name, x)
         adapted = rank_experts(
             self.base_layer,
             x,
@@ -172,10 +177,24 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             dropout=dropout if isinstance(dropout, nn.Dropout) and dropout.training else None,
             output=result,
             want_routing=self._wants_routing(adapter_name),
+            shared=shared,
         )
         if isinstance(router, TokenRouter) and (self.training or adapted.routing is not None):
             self._report(adapted, router, x, adapter_name, call)
         return adapted.y
+
+    def reader(self, adapter_name: str) -> Reader | None:
+        """Return what the layer multiplies its input with; None where it computes on its own."""
+        if adapter_name not in self.rank_expert_A or not self.settings[adapter_name].share_inputs:
+            return None
+        if self.disable_adapters or self.merged or adapter_name not in self.active_adapters:
+            return None
+        dropout = self.rank_expert_dropout[adapter_name]
+        if (isinstance(dropout, nn.Dropout) and dropout.training) or self._wants_routing(adapter_name):
+            return None
+        router = self._router(adapter_name)
+        weight, top_k = (router.weight, router.top_k) if isinstance(router, TokenRouter) else (None, 0)
+        return Reader(self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name], weight, top_k)
 
     def _report(self, adapted: Adapted, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> None:
         # What training wants to know of a token router's choice.

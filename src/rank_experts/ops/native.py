@@ -160,9 +160,7 @@ def token_backward(
     ddropped = torch.empty_like(source) if needed[1] else None
     # Without tokens the kernel does not run.
     make = torch.empty if num_tokens else torch.zeros
-    dA, dB, dweight = (
-        make(matrix.shape) if wanted else None for matrix, wanted in zip((A, B, weight), needed[3:6])
-    )
+    dA, dB, dweight = (make(matrix.shape) if wanted else None for matrix, wanted in zip((A, B, weight), needed[3:6]))
     values, projections = chosen.values.float(), chosen.projections.float()
     flags = _flags(spec, num_experts, flat, source, dy, A, B, weight)
     threads = torch.get_num_threads()
