@@ -34,10 +34,14 @@ test-slow: $(STAMP) ## run the tests that take minutes
 # glibc maps large tensors anew each time, which costs more than what is measured.
 BENCH := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=67108864 $(BIN)/python examples/benchmarks
 
-bench: $(STAMP) ## measure layers, training steps and decoding; results go to docs/results
+bench: $(STAMP) ## measure layers, training steps, decoding and loading, in minutes; results go to docs/results
 	$(BENCH)/layer.py
 	$(BENCH)/training_step.py
 	$(BENCH)/decode.py
+	$(BENCH)/shared.py
+	$(BENCH)/compiled.py
+	$(BENCH)/growth.py
+	$(BENCH)/loading.py
 	$(BENCH)/page.py
 
 # What mkdocstrings' parser has to say of a docstring does not count as a warning of the build's, so grep asks for it.

@@ -2,7 +2,7 @@
 
 overhead = (variant − frozen layer) / (PEFT LoRA r=64 − frozen layer), all compiled
 
-python examples/benchmarks/compiled.py --tokens 512 --width 768 2048
+python examples/benchmarks/compiled.py --tokens 512 --width 2048
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     """Read the arguments, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
-    parser.add_argument("--width", type=int, nargs="+", default=[768, 2048])
+    parser.add_argument("--width", type=int, nargs="+", default=[2048])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -44,6 +44,7 @@ _DESCRIPTIVE = {
     "peft_type",
     "peft_version",
     "revision",
+    "share_inputs",
     "task_type",
 }
 
@@ -82,6 +83,8 @@ class RankExpertConfig(PeftConfig):
         contrastive_temperature: Its temperature τ.
         pooling: What stands for an example in it: the "mean" over the non-padding tokens of a layer's input, the
             "first" or the "last" of them.
+        share_inputs: Compute the products of A and W_g with an input that several layers read (q, k, v; gate, up) for
+            all of them at once, where that is faster. What the layers mean does not depend on it.
         init_weights: True: A Kaiming-uniform, B zero, so that a new adapter changes nothing. False: both random,
             for tests.
         target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None: PEFT's
@@ -125,6 +128,7 @@ class RankExpertConfig(PeftConfig):
     contrastive_coef: float = field(default=0.1, metadata={"help": "The weight of the contrastive loss."})
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Its temperature."})
     pooling: str = field(default="mean", metadata={"help": "'mean', 'first' or 'last'."})
+    share_inputs: bool = field(default=True, metadata={"help": "One product for layers that read the same input."})
     init_weights: bool = field(default=True, metadata={"help": "A Kaiming-uniform and B zero; False: both random."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules to adapt, a regular expression, or 'all-linear'."}
@@ -236,7 +240,7 @@ class RankExpertConfig(PeftConfig):
             _check_number(name, getattr(self, name), high)
         if self.contrastive_temperature == 0:
             raise ValueError("contrastive_temperature=0: expected more than 0; the paper's value is 0.05.")
-        for name in ("biased_gates", "init_weights", "inference_mode"):
+        for name in ("biased_gates", "init_weights", "inference_mode", "share_inputs"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}={value!r}: expected True or False, found {type(value).__name__}.")
         if self.router == "token":

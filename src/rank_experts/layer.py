@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adaptable import in_out_features
 from .context import Call, RoutingScope, task_ids_of_layer
 from .mergeable import MergeableLayer
-from .ops import Adapted, rank_experts
+from .ops import Adapted, Reader, rank_experts
 from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples, pool_gathered
 
 
@@ -31,6 +31,7 @@ class AdapterSettings(NamedTuple):
         contrastive_coef: Weight of the contrastive loss; task router.
         contrastive_temperature: Its temperature.
         pooling: "mean", "first" or "last".
+        share_inputs: Compute x · [A; W_g]ᵀ together with other layers that read the same x.
     """
 
     alpha: float
@@ -40,6 +41,7 @@ class AdapterSettings(NamedTuple):
     contrastive_coef: float = 0.0
     contrastive_temperature: float = 0.05
     pooling: str = "mean"
+    share_inputs: bool = True
 
 
 class RankExpertLinear(nn.Module, MergeableLayer):
@@ -155,26 +157,44 @@ class RankExpertLinear(nn.Module, MergeableLayer):
 
     def _apply_adapter(self, result: Tensor | None, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
         # The result so far, or None before the base layer: the op applies it where that saves passes.
-        router, dropout = self._router(adapter_name), self.rank_expert_dropout[adapter_name]
-        A, B = self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name]
+        settings = self.settings[adapter_name]
+        A, B, router, dropout = (_held(self._modules[name], adapter_name) for name in _CONTAINERS)
+        scale = settings.alpha / (router.top_k if isinstance(router, TokenRouter) else A.shape[0])
         gate: TokenRouter | Tensor | None = router if isinstance(router, TokenRouter) else None
         if isinstance(router, TaskRouter):
             gate, used = self._task_gates(router, x, adapter_name, call)
             A, B = (A, B) if used == len(A) else (A[:used], B[:, :used])
+        shared = None
+        if call is not None and not torch.compiler.is_compiling():
+            shared = call.inputs.take(self, adapter_name, x)
         adapted = rank_experts(
             self.base_layer,
             x,
             A,
             B,
             gate,
-            scale=self.scale(adapter_name),
+            scale=scale,
             dropout=dropout if isinstance(dropout, nn.Dropout) and dropout.training else None,
             output=result,
             want_routing=self._wants_routing(adapter_name),
+            shared=shared,
         )
-        if isinstance(router, TokenRouter):
+        if isinstance(router, TokenRouter) and (self.training or adapted.routing is not None):
             self._report(adapted, router, x, adapter_name, call)
         return adapted.y
+
+    def reader(self, adapter_name: str) -> Reader | None:
+        """Return what the layer multiplies its input with; None where it computes on its own."""
+        if adapter_name not in self.rank_expert_A or not self.settings[adapter_name].share_inputs:
+            return None
+        if self.disable_adapters or self.merged or adapter_name not in self.active_adapters:
+            return None
+        dropout = self.rank_expert_dropout[adapter_name]
+        if (isinstance(dropout, nn.Dropout) and dropout.training) or self._wants_routing(adapter_name):
+            return None
+        router = self._router(adapter_name)
+        weight, top_k = (router.weight, router.top_k) if isinstance(router, TokenRouter) else (None, 0)
+        return Reader(self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name], weight, top_k)
 
     def _report(self, adapted: Adapted, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> None:
         # What training wants to know of a token router's choice.
@@ -296,6 +316,18 @@ class RankExpertLinear(nn.Module, MergeableLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether PEFT may convert this layer's adapter to LoRA: only a dense one is static."""
         return self._router(adapter_name) is None
+
+
+_CONTAINERS = ("rank_expert_A", "rank_expert_B", "rank_expert_router", "rank_expert_dropout")
+
+
+def _held(container: Any, name: str) -> Any:
+    # What a ParameterDict or ModuleDict holds, from where nn.Module keeps it: their own look-up takes microseconds, of
+    # which decoding has few. None: nothing.
+    found = container._parameters.get(name)
+    if found is None:
+        found = container._modules.get(name)
+    return container[name] if found is None and name in container else found
 
 
 def _one_id_an_example(ids: Tensor, x: Tensor) -> Tensor:

@@ -254,6 +254,7 @@ def _settings(config: RankExpertConfig, alpha: float) -> AdapterSettings:
         contrastive_coef=config.contrastive_coef,
         contrastive_temperature=config.contrastive_temperature,
         pooling=config.pooling,
+        share_inputs=config.share_inputs,
     )
 
 

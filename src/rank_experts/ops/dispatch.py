@@ -20,7 +20,11 @@ from .announcement import announce
 from .fused import Base, given_gates, token_gated
 from .gate import GateSpec
 from .reference import rank_experts_reference
+from .shared import Reader, Shared, project
 
+# Up to this many tokens, layers that read the same input compute their products with it one by one.
+_SHARED_TOKENS = 32
+_PLAIN = {Tensor, nn.Parameter}
 _CHOICES = {
     "gate": "fused function, gate in PyTorch",
     "triton_kernels": "fused function, gate in Triton",
@@ -53,6 +57,7 @@ def rank_experts(
     dropout: Callable[[Tensor], Tensor] | None = None,
     output: Tensor | None = None,
     want_routing: bool = False,
+    shared: Shared | None = None,
 ) -> Adapted:
     """Compute base(x) + s · (g ⊙ (dropout(x) Aᵀ)) Bᵀ by the fastest implementation that serves the case.
 
@@ -70,6 +75,7 @@ def rank_experts(
         dropout: Applied to the x that A reads; None: nothing.
         output: (…, d_out) what the update is added to where the base layer was applied already.
         want_routing: Return the router's gates, choices and probabilities, differentiable.
+        shared: The layer's part of what `share` returned for x; neither with dropout nor with `want_routing`.
 
     Returns:
         Adapted: y in the base output's dtype.
@@ -90,7 +96,18 @@ def rank_experts(
     if torch.compiler.is_compiling():
         return _one_node(base_layer(x) if output is None else output, x, dropped, A, B, gate, scale, dtype)
     fresh = _is_plain(base_layer)
-    if output is None and fresh and _joins(base_layer, x, autocast):
+    if (
+        fresh
+        and output is None
+        and dropped is None
+        and not autocast
+        and not torch.is_grad_enabled()
+        and isinstance(gate, TokenRouter)
+        and (decoded := native.decode(base_layer, x, A, B, gate, scale)) is not None
+    ):
+        announce(_CHOICES["native"])
+        return Adapted(*decoded)
+    if output is None and fresh and torch.is_grad_enabled() and _joins(base_layer, x, autocast):
         base = Base(base_layer, isinstance(base_layer, Conv1D), True, dtype)
         tensor: Tensor = base_layer.weight  # type: ignore[assignment]
     else:
@@ -98,12 +115,60 @@ def rank_experts(
         base = Base(None, False, (fresh or output is not None) and _may_overwrite(tensor), dtype)
     if not isinstance(gate, TokenRouter):
         announce("fused PyTorch function")
-        return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
+        projection = None if shared is None else shared.projection[:, : len(A)]
+        return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base, projection))
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
     kernels = gate_kernels(x, A, B, gate.weight, gate.top_k, dtype)
     announce(_CHOICES[kernels.__name__.rpartition(".")[2]])
-    y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
+    y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels, shared)
     return Adapted(y, indices)
+
+
+def may_share(x: Tensor, reader: Reader) -> bool:
+    """Say whether a layer's products with x (…, d_in) are worth computing together with other layers'.
+
+    Not for few tokens, where launches decide and grouping costs more than it saves; nor where the native kernel
+    multiplies only what a token chose.
+    """
+    matrices = [matrix for matrix in reader[:3] if isinstance(matrix, Tensor)]
+    if x.numel() <= _SHARED_TOKENS * x.shape[-1] or not {type(x), *map(type, matrices)} <= {Tensor, nn.Parameter}:
+        return False
+    # What another library has moved away or taken apart (offloading, sharding) is not ours to gather.
+    if any(matrix.device != x.device or matrix.is_meta or not matrix.numel() for matrix in matrices):
+        return False
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if torch._C._are_functorch_transforms_active() or (autocast and x.dtype == torch.float64):
+        return False
+    if reader.weight is None:
+        return True
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else reader.A.dtype
+    return gate_kernels(x, reader.A, reader.B, reader.weight, reader.top_k, dtype) is not native
+
+
+def share(x: Tensor, readers: list[Reader]) -> list[Shared] | None:
+    """Compute the products of x with the A and W_g of several layers together.
+
+    Args:
+        x: (…, d_in).
+        readers: The layers', each of which `may_share`.
+
+    Returns:
+        A share for each, or None where it takes two to share.
+    """
+    kinds = {reader.A.dtype for reader in readers}
+    if len(readers) < 2 or len(kinds) > 1:
+        return None
+    announce("one product for layers that read the same input")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else kinds.pop()
+    matrices = [(reader.A, dtype) for reader in readers]
+    for reader in readers:
+        if reader.weight is not None:
+            wide = torch.promote_types(torch.promote_types(x.dtype, reader.weight.dtype), torch.float32)
+            matrices.append((reader.weight, wide))
+    found = project(x, matrices, dtype)
+    logits = iter(found[len(readers) :])
+    return [Shared(z, None if reader.weight is None else next(logits)) for reader, z in zip(readers, found)]
 
 
 def _needs_reference(
@@ -115,11 +180,11 @@ def _needs_reference(
     if want_routing:
         return "the router's probabilities are wanted"
     weight = gate.weight if isinstance(gate, TokenRouter) else A
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, A, B, weight)):
+    if not {type(x), type(A), type(B), type(weight)} <= _PLAIN:
         return "a tensor is of a subclass"
     if torch._C._are_functorch_transforms_active():
         return "a functional transform is active"
-    if x.device.type == "meta":
+    if x.is_meta:
         return "the tensors hold no data"
     if autocast and x.dtype == torch.float64:
         return "autocast leaves float64 alone"

@@ -48,15 +48,21 @@ def token_forward(
     base: Base,
     kernels: Any,
     keep: bool,
+    shared: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Return y (…, d_out), the chosen experts (N, k), and `Chosen`, or nothing where `keep` is false."""
+    """Return y (…, d_out), the chosen experts (N, k), and `Chosen`, or nothing where `keep` is false.
+
+    `shared` are the projections (N, r) and logits (N, E), where they have been computed already.
+    """
     y = tensor if base.layer is None else base.layer(x)
     with no_autocast(x):
         if kernels is native:
-            return native.token_forward(x, dropped, y, A, B, weight, balance_bias, spec, base, keep)
+            return native.token_forward(x, dropped, y, A, B, weight, balance_bias, spec, base)
         flat = x.reshape(-1, x.shape[-1])
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        if dropped is None and dtype == base.dtype and len(flat) > _FEW_TOKENS:
+        if shared is not None:
+            projection, logits = shared
+        elif dropped is None and dtype == base.dtype and len(flat) > _FEW_TOKENS:
             both = flat.to(dtype) @ torch.cat([A.to(dtype), weight.to(dtype)]).t()
             projection, logits = both.split([len(A), len(weight)], 1)
         else:
@@ -78,13 +84,21 @@ def given_forward(
     gates: Tensor | None,
     scale: float,
     base: Base,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (…, d_out) and the projections (N, r), scaled where there are no gates."""
+    """Return y (…, d_out) and the projections (N, r), scaled where there are no gates.
+
+    `shared` are the projections (N, r), where they have been computed already.
+    """
     y = tensor if base.layer is None else base.layer(x)
     with no_autocast(x):
-        source = x if dropped is None else dropped
-        projection = source.reshape(-1, x.shape[-1]).to(base.dtype) @ A.to(base.dtype).t()
-        u = projection.mul_(scale) if gates is None else projection * gate_rows(gates * scale, projection)
+        if shared is None:
+            source = x if dropped is None else dropped
+            projection = source.reshape(-1, x.shape[-1]).to(base.dtype) @ A.to(base.dtype).t()
+            u = projection.mul_(scale) if gates is None else projection * gate_rows(gates * scale, projection)
+        else:
+            u = shared * (scale if gates is None else gate_rows(gates * scale, shared))
+            projection = u if gates is None else shared
         return _add(y, u, B, base), projection
 
 
@@ -108,11 +122,11 @@ def token_backward(
         num_experts, num_ranks = weight.shape[0], A.shape[0]
         flat = dy.reshape(-1, dy.shape[-1])
         if kernels is native:
-            dx = _base_backward(flat, base_weight, base) if needed[0] else None
+            dx = base_backward(dy, base_weight, base) if needed[0] else None
             return native.token_backward(dx, flat, x, dropped, A, B, weight, balance_bias, chosen, spec, needed)
         both, dB = kernels.backward(flat.to(base.dtype), B.to(base.dtype), chosen, balance_bias, spec, num_experts)
         dB = dB.to(B.dtype).t().contiguous() if needed[4] else None
-        dx = _base_backward(flat, base_weight, base) if needed[0] else None
+        dx = base_backward(dy, base_weight, base) if needed[0] else None
         if dropped is None:
             dx = _accumulate(dx, both, torch.cat([A, weight]), x, base) if needed[0] else None
             dA, dweight = _weight_gradients(both, x, A, weight, needed[3], needed[5], base)
@@ -141,25 +155,36 @@ def given_backward(
     source = x if dropped is None else dropped
     assert source is not None
     with no_autocast(source):
-        flat = dy.reshape(-1, dy.shape[-1])
-        narrow = flat.to(base.dtype)
-        u = projection if gates is None else projection * gate_rows(gates * scale, projection)
-        dB = (u.t() @ narrow).to(B.dtype).t().contiguous() if needed[4] else None
-        dp = narrow @ B.to(base.dtype)
-        dgates = None
-        if gates is None:
-            dp.mul_(scale)
-        else:
-            if needed[5]:
-                rows = len(dp) // max(len(gates), 1)  # −1 would be ambiguous without tokens.
-                by_gate = (dp.to(gates.dtype) * projection.to(gates.dtype)).unflatten(0, (len(gates), rows))
-                dgates = by_gate.sum(1) * scale
-            dp = dp.mul_(gate_rows(gates * scale, dp))
-        dx = _base_backward(flat, base_weight, base) if needed[0] else None
+        dp, dB, dgates = projection_backward(dy, B, gates, projection, scale, base, needed)
+        dx = base_backward(dy, base_weight, base) if needed[0] else None
         ddropped = _accumulate(None, dp, A, source, base) if dropped is not None and needed[1] else None
         if dropped is None and needed[0]:
             dx = _accumulate(dx, dp, A, source, base)
         return dx, ddropped, _product(dp, source, A, base) if needed[3] else None, dB, dgates
+
+
+def projection_backward(
+    dy: Tensor,
+    B: Tensor,
+    gates: Tensor | None,
+    projection: Tensor,
+    scale: float,
+    base: Base,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of the projections, B and gates, from what `given_forward` returned."""
+    narrow = dy.reshape(-1, dy.shape[-1]).to(base.dtype)
+    u = projection if gates is None else projection * gate_rows(gates * scale, projection)
+    dB = (u.t() @ narrow).to(B.dtype).t().contiguous() if needed[4] else None
+    dp = narrow @ B.to(base.dtype)
+    if gates is None:
+        return dp.mul_(scale), dB, None
+    dgates = None
+    if needed[5]:
+        rows = len(dp) // max(len(gates), 1)  # −1 would be ambiguous without tokens.
+        by_gate = (dp.to(gates.dtype) * projection.to(gates.dtype)).unflatten(0, (len(gates), rows))
+        dgates = by_gate.sum(1) * scale
+    return dp.mul_(gate_rows(gates * scale, dp)), dB, dgates
 
 
 def _add(y: Tensor, u: Tensor, B: Tensor, base: Base) -> Tensor:
@@ -177,10 +202,11 @@ def _add(y: Tensor, u: Tensor, B: Tensor, base: Base) -> Tensor:
     return (flat + u @ B.t()).to(y.dtype).view(y.shape)
 
 
-def _base_backward(dy: Tensor, base_weight: Tensor | None, base: Base) -> Tensor | None:
+def base_backward(dy: Tensor, base_weight: Tensor | None, base: Base) -> Tensor | None:
+    """Return the gradient (N, d_in) that the base layer sends back; None where it is a node of its own."""
     if base_weight is None:
         return None
-    return dy @ (base_weight.t() if base.transposed else base_weight)
+    return dy.reshape(-1, dy.shape[-1]) @ (base_weight.t() if base.transposed else base_weight)
 
 
 def _accumulate(dx: Tensor | None, gradient: Tensor, weight: Tensor, x: Tensor, base: Base) -> Tensor:
