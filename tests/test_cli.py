@@ -96,6 +96,10 @@ def test_a_token_router_is_exported_with_calibration_and_not_merged(tmp_path, ca
     command = ["export", str(tmp_path / "out"), str(tmp_path / "lora")]
     assert main([*command, "--calibration", str(tmp_path / "calibration.txt")]) == 0
     assert (tmp_path / "lora" / "adapter_config.json").exists()
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    assert main([*command[:2], str(tmp_path / "none"), "--calibration", str(tmp_path / "empty.txt")]) == 2
+    assert "empty.txt holds no text to calibrate with" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_dry_run_shows_the_job_and_trains_nothing(recipe, capsys, monkeypatch):

@@ -87,7 +87,7 @@ def test_clashing_labels_in_one_head_are_refused():
     heads = {"rte": HeadSpec(["yes", "no"], head="nli"), "mnli": HeadSpec(["yes", "maybe", "no"], head="nli")}
     with pytest.raises(ValueError, match=r"'rte' and 'mnli' share the head 'nli'.*clash"):
         classifier(heads=heads)
-    with pytest.raises(ValueError, match="clash"):
+    with pytest.raises(ValueError, match=r"clash: \['yes', 'no'\] and numbers \(offset 0, scale 1\)"):
         classifier(heads={"rte": HeadSpec(["yes", "no"], head="nli"), "nli": HeadSpec()})
     with pytest.raises(ValueError, match="at least two"):
         classifier(heads={"rte": HeadSpec(["yes"])})
@@ -112,7 +112,7 @@ def test_heads_are_saved_and_loaded(tmp_path):
         load_classifier(models.bert().bert, tmp_path)
 
 
-SPEC = {"labels": None, "head": None, "offset": 0.0, "scale": 1.0}
+SPEC = {"labels": ["no", "yes"], "head": None, "offset": 0.0, "scale": 1.0}
 DAMAGED = {
     "no JSON": "{",
     "no object": "[]",

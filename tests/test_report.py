@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from helpers import TASKS, dense_config, task_config, token_config
-from models import batch, bert, llama, t5
+from models import CheckpointedBlock, batch, bert, llama, t5
 from rank_experts import inject_rank_experts, merge_rank_experts, save_rank_experts, use_task
 from rank_experts.card import CARD_FILE, model_card
 from rank_experts.model import adapted_layers
@@ -163,17 +163,9 @@ def test_a_recomputation_counts_once(kind, use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_block_checkpointed_by_hand_counts_once(use_reentrant):
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = torch.nn.Linear(8, 8)
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=use_reentrant)
-
-    model = inject_rank_experts(Block(), token_config(target_modules=["proj"])).train()
+    model = inject_rank_experts(CheckpointedBlock(use_reentrant), token_config(target_modules=["proj"])).train()
     with record_routing(model) as stats:
-        model(torch.randn(3, 5, 8, requires_grad=True)).sum().backward()
+        model(torch.randn(3, 5, 6, requires_grad=True)).sum().backward()
     assert int(stats.layers()[0].counts.tokens.sum()) == 15
 
 

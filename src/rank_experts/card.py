@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ._version import __version__
 from ._warnings import warn_once
 from .config import RankExpertConfig
+from .layout import TENSOR_NAME
 from .staging import write_files
-from .statistics import TENSOR_NAME, LayerStatistics, layers_of_tensors
+from .statistics import LayerStatistics, layers_of_tensors
 
 CARD_FILE = "README.md"
 

@@ -20,7 +20,7 @@ def train(args: argparse.Namespace) -> int:
     from transformers.trainer_utils import get_last_checkpoint, set_seed
 
     from .assemble import build_model, build_trainer, training_arguments
-    from .trainer import SaveOnInterrupt
+    from .callbacks import SaveOnInterrupt
 
     training = training_arguments(recipe)
     data, tokenizer = _data(args, recipe)

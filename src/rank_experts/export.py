@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from .base_experts import ExpertProjection
 from .calibrate import CalibrationReport, Factors, calibrate
 from .config import RankExpertConfig, nearest
-from .files import PREFIX, adapter_config, config_to_json
+from .files import adapter_config, config_to_json
 from .layer import RankExpertLinear
+from .layout import PREFIX
 from .model import adapted_layers
 from .passes import Batches
 from .routing import TaskRouter, TokenRouter

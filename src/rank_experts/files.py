@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
 from .inject import inject_rank_experts
+from .layout import PREFIX, tensor_shapes
 from .storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -32,8 +33,6 @@ from .storage import (
     write_pair,
 )
 from .targets import Target, find_targets
-
-PREFIX = "base_model.model."
 
 
 def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -241,20 +240,8 @@ def expected_tensors(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
-        layer = f"{PREFIX}{path}.rank_expert_"
-        shapes[f"{layer}A"] = (target.r, target.d_in)
-        shapes[f"{layer}B"] = (target.d_out, target.r)
-        if config.router == "token":
-            num_experts = target.r // config.expert_rank
-            shapes[f"{layer}router.weight"] = (num_experts, target.d_in)
-            shapes[f"{layer}router.balance_bias"] = (num_experts,)
-        elif config.router == "task":
-            width = config.task_embedding_dim or target.d_in
-            shapes[f"{layer}router.task_embedding"] = (len(config.tasks or ()), width)
-            shapes[f"{layer}router.gate_weight"] = (target.r, width)
-            shapes[f"{layer}router.gate_bias"] = (target.r,)
-            if width != target.d_in:
-                shapes[f"{layer}router.projection"] = (width, target.d_in)
+        own = tensor_shapes(config, target.r, target.d_in, target.d_out)
+        shapes |= {f"{PREFIX}{path}.rank_expert_{name}": shape for name, shape in own.items()}
     shapes.update(_saved_modules(model, config))
     shapes.update(_biases(model, config, targets))
     return shapes

@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from .config import RankExpertConfig
-from .files import PREFIX, write_adapter
+from .files import write_adapter
+from .layout import PREFIX
 from .lora_files import read_adapter_config, read_adapter_tensors
 from .storage import CONFIG_FILE
 

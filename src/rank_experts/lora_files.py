@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from .config import parse_json
-from .files import PREFIX
+from .layout import PREFIX
 from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, parse_weights, read_config_bytes, read_weights
 
 # Options of LoraConfig that change what a checkpoint computes, and the values that leave it a plain LoRA.

@@ -25,10 +25,11 @@ from .config import RankExpertConfig, read_fields
 from .files import check_tensors, config_to_json
 from .findings import Finding, find
 from .heads import HEADS_CONFIG, read_heads
+from .layout import TENSOR_NAME
 from .recording import record_routing
 from .report_page import render
 from .report_tables import layer_rows, task_rows, text_table
-from .statistics import TENSOR_NAME, LayerStatistics, layers_of_tensors, mean_similarity
+from .statistics import LayerStatistics, layers_of_tensors, mean_similarity
 from .storage import CONFIG_FILE, WEIGHTS_FILE, read_pair, read_weights
 
 __all__ = ["RoutingReport", "inspect_adapter", "record_routing", "routing_report"]
