@@ -161,15 +161,7 @@ class RankExpertModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = tuners_utils._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        if missing := sorted(expected.keys() - remapped.keys()):
-            raise ValueError(f"The state dict for adapter {adapter_name!r} lacks {missing[0]} ({len(missing)} in all).")
-        if unknown := sorted(name for name in remapped.keys() - expected.keys() if f".{cls.prefix}" in name):
-            raise ValueError(f"Adapter {adapter_name!r} has no {unknown[0]} ({len(unknown)} such tensors were given).")
-        for name, tensor in remapped.items():
-            if name in expected:
-                check_tensor(f"the state dict's {name}", tensor, tuple(expected[name].shape))
-            elif not is_finite(tensor):
-                raise ValueError(f"The state dict's {name} has values that are not finite.")
+        check_state_dict(adapter_name, {name: tuple(tensor.shape) for name, tensor in expected.items()}, remapped)
         return remapped
 
     def generate(self, *args: Any, task_ids: Tasks | None = None, **kwargs: Any) -> Any:
@@ -243,6 +235,29 @@ class RankExpertModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         uninstall(model)
         return model
+
+
+def check_state_dict(adapter_name: str, expected: dict[str, tuple[int, ...]], given: dict[str, Tensor]) -> None:
+    """Refuse a state dict that lacks, adds or bends a tensor of an adapter.
+
+    Args:
+        adapter_name: For messages.
+        expected: Name to shape of the adapter's tensors in the model, in the names of the model's state dict.
+        given: What is to be loaded, modules_to_save among it.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    if missing := sorted(expected.keys() - given.keys()):
+        raise ValueError(f"The state dict for adapter {adapter_name!r} lacks {missing[0]} ({len(missing)} in all).")
+    prefix = f".{RankExpertModel.prefix}"
+    if unknown := sorted(name for name in given.keys() - expected.keys() if prefix in name):
+        raise ValueError(f"Adapter {adapter_name!r} has no {unknown[0]} ({len(unknown)} such tensors were given).")
+    for name, tensor in given.items():
+        if name in expected:
+            check_tensor(f"the state dict's {name}", tensor, expected[name])
+        elif not is_finite(tensor):
+            raise ValueError(f"The state dict's {name} has values that are not finite.")
 
 
 def _settings(config: RankExpertConfig, alpha: float) -> AdapterSettings:

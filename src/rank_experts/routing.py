@@ -273,7 +273,8 @@ class TokenRouter(nn.Module):
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.weight.shape[0]
+        # Not the weight's: between forwards DeepSpeed's ZeRO-3 leaves a parameter empty.
+        return self.balance_bias.shape[0]
 
     def reset_parameters(self) -> None:
         """Draw W_g as `nn.Linear` does, Kaiming-uniform with a = √5, and set the bias to zero."""

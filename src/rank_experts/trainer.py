@@ -139,7 +139,9 @@ class RankExpertTrainerMixin(_Base):
         if not bypassed:
             return result
         num_items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        if self.model_accepts_loss_kwargs and num_items is not None and self.loss_is_scaled_for_ga is not False:
+        # An attribute of newer trainers.
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None) is not False
+        if self.model_accepts_loss_kwargs and num_items is not None and is_scaled:
             # The forwards of a step add up then, and each adds a mean.
             auxiliary = auxiliary / self.current_gradient_accumulation_steps
         if isinstance(result, tuple):
