@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .config import nearest
+from .sharing import Groups, InputSharing
 
 if TYPE_CHECKING:
     from .layer import RankExpertLinear
@@ -55,6 +56,7 @@ class RoutingScope:
         tasks: For every adapter with a task router, its task names in the order of their ids.
         adapts_experts: The experts of a mixture are among the layers, so that forwards run uncompiled.
         traced: The call while `torch.compile` traces a forward; it cannot see context variables.
+        groups: Which layers read the same inputs; see `sharing`.
         silent_calls: Training calls since the last `update_router_bias`.
         unused_losses: Auxiliary losses since the last that took part in a backward pass.
         suspects: (tasks, (B,) whether an example's outputs hold a NaN) of the latest training calls, to be looked at
@@ -66,6 +68,7 @@ class RoutingScope:
         self.tasks: dict[str, tuple[str, ...]] = {}
         self.adapts_experts = False
         self.traced: Call | None = None
+        self.groups: Groups = {}
         self.silent_calls = 0
         self.unused_losses = 0
         self.suspects: deque[tuple[Tasks | None, Tensor]] = deque(maxlen=256)
@@ -110,6 +113,7 @@ class Call:
         losses: (adapter, loss) reported by layers with an auxiliary loss.
         owner: Whoever must end the call, where that is not a `with` block.
         observers: Called with (layer, adapter, x, routing, call) when a layer routes; see `recording.record_routing`.
+        inputs: What layers have computed together; None: a new one.
     """
 
     scope: RoutingScope
@@ -127,7 +131,12 @@ class Call:
     observers: tuple[Callable[..., None], ...] = ()
     outer: Call | None = None
     owner: Any = None
+    inputs: InputSharing = field(default=None)  # type: ignore[assignment]
     _resolved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.inputs is None:
+            self.inputs = InputSharing({} if torch.compiler.is_compiling() else self.scope.groups)
 
     def fork(self, **changes: Any) -> Call:
         """Return a call with the same tasks, masks and observers that collects its own loads and losses."""
@@ -158,6 +167,9 @@ class Call:
             self.scope.traced = self.outer
         else:
             _current_call.set(self.outer)
+            self.inputs.close()
+            if self.inputs.learnt:
+                self.scope.groups = {**self.scope.groups, **self.inputs.learnt}
 
     def observe(self, layer: RankExpertLinear, adapter: str, x: Tensor, routing: Routing) -> None:
         """Tell the observers what a layer decided for its input x (…, d_in); not when backward recomputes it."""
@@ -326,7 +338,7 @@ class CheckpointInCall:
         def run(*inner_args: Any, **inner_kwargs: Any) -> tuple[Any, ...]:
             # The observers come along into the recomputation, which must save what the first run saved: a layer that
             # is watched computes more. What it reports then, `Call.observe` drops.
-            with call.fork() as own:
+            with call.fork(inputs=InputSharing(call.inputs.groups, recomputed=True)) as own:
                 outputs = function(*inner_args, **inner_kwargs)
             is_tuple = isinstance(outputs, tuple)
             runs.append((own, is_tuple))

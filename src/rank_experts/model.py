@@ -37,10 +37,8 @@ _SAID_OF_PARAMETERS = (
 class RankExpertModel(BaseTuner):
     """A model with rank-expert adapters, as `get_peft_model` makes it: PEFT's tuner of type RANK_EXPERTS.
 
-    Args:
-        model: The base model; its modules are replaced in place.
-        peft_config: A `RankExpertConfig`, or a dict of adapter name to one.
-        adapter_name: The new adapter's name.
+    PEFT makes it, with the base model, whose modules are replaced in place, a `RankExpertConfig` and the adapter's
+    name.
 
     Example:
         >>> from peft import get_peft_model
@@ -271,6 +269,7 @@ def _settings(config: RankExpertConfig, alpha: float) -> AdapterSettings:
         contrastive_coef=config.contrastive_coef,
         contrastive_temperature=config.contrastive_temperature,
         pooling=config.pooling,
+        share_inputs=config.share_inputs,
     )
 
 

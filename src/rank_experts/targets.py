@@ -15,9 +15,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ._warnings import warn_once
+from .adaptable import in_out_features, stacked_experts
 from .base_experts import RankExpertExperts, check_expert_parameter, expert_parameters
 from .config import RankExpertConfig, check_experts, nearest
-from .layer import RankExpertLinear, in_out_features, stacked_experts
+from .layer import RankExpertLinear
 
 
 class Target(NamedTuple):
