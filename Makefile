@@ -59,9 +59,11 @@ build: $(STAMP) ## make wheel and sdist in dist, and check them
 release-check: $(STAMP) ## TAG=v1.2.3: the tag, the package's version and the changelog's newest section agree
 	$(BIN)/python -m pytest tests/test_release.py -k version
 
-works-with: $(STAMP) ## run the tests of trl, bitsandbytes, torchao and lm_eval, which `make test` skips
-	$(PIP) -e ".[dev,works-with]"
-	$(BIN)/python -m pytest tests/test_trainers.py tests/test_quantised.py tests/test_lm_eval.py
+# DeepSpeed asks for the torch that is installed while it is built, and compiles what it needs when it runs.
+works-with: $(STAMP) ## run the tests of trl, bitsandbytes, torchao, lm_eval and deepspeed, which `make test` skips
+	$(PIP) -e ".[dev,works-with]" setuptools wheel ninja
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation "deepspeed>=0.19"
+	$(BIN)/python -m pytest tests/test_trainers.py tests/test_quantised.py tests/test_lm_eval.py tests/test_distributed.py
 
 # A second environment with the oldest supported peft and transformers; the first one has the newest.
 compat: $(STAMP) ## run the tests with the oldest and the newest supported peft and transformers

@@ -15,6 +15,7 @@ from gates import GATES, config, peft_model
 from rank_experts import inject_rank_experts, load_rank_experts, save_rank_experts, update_router_bias, use_task
 from rank_experts.callbacks import RankExpertCallback
 from rank_experts.model import adapted_layers
+from rank_experts.trainer import RankExpertTrainerMixin
 
 datasets = pytest.importorskip("datasets")
 
@@ -460,3 +461,32 @@ def test_dpo_trainer_for_one_of_several_tasks(tmp_path):
         run.train()
     assert losses(run)[-1] < 0.6931
     save_rank_experts(model, tmp_path / "final")
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_the_mixin_adds_the_auxiliary_loss_to_trls(name, tmp_path):
+    trl = pytest.importorskip("trl")
+    plain = getattr(trl, f"{name}Trainer")
+
+    class Mixed(RankExpertTrainerMixin, plain):
+        pass
+
+    text = {"text": [sentence(i) for i in range(8)]}
+    pairs = {"prompt": ["w3 w4"] * 8, "chosen": [" w5 w6"] * 8, "rejected": [" w9 w8"] * 8}
+    run = Mixed(
+        model=models.llama(),
+        args=trl_arguments(getattr(trl, f"{name}Config"), tmp_path, max_steps=1),
+        train_dataset=datasets.Dataset.from_dict(text if name == "SFT" else pairs),
+        processing_class=tokenizer(),
+        peft_config=config("token", load_balance="loss", task_type="CAUSAL_LM"),
+    )
+    seen = []
+    run.model.get_base_model().register_forward_hook(lambda *args: seen.append(args[2]))
+    inputs = next(iter(run.get_train_dataloader()))
+    run.model.train()
+    total = run.compute_loss(run.model, dict(inputs))
+    auxiliary = [outputs.rank_expert_loss for outputs in seen if hasattr(outputs, "rank_expert_loss")]
+    auxiliary = [loss for loss in auxiliary if loss.requires_grad]
+    assert len(auxiliary) == 1  # DPO's reference has none
+    torch.testing.assert_close(total - plain.compute_loss(run, run.model, dict(inputs)), auxiliary[0])
+    assert auxiliary[0] > 0
