@@ -42,7 +42,7 @@ def supports(tensors: Sequence[Tensor], dtype: torch.dtype, top_k: int, num_expe
     """
     if dtype not in _DTYPES or not pays(top_k, num_experts) or library() is None:
         return False
-    return all([tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors])
+    return all(tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors)
 
 
 def pays(top_k: int, num_experts: int) -> bool:
@@ -123,8 +123,8 @@ def token_forward(
     scratch = torch.empty(tiles * num_ranks * columns + 2 * projections.numel() + 2 * sizes[-1] * num_experts)
     if num_tokens:
         native.rank_experts_forward(
-            *sizes, spec.top_k * spec.scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(), num_experts,
-            keys.data_ptr(), balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(), narrow.data_ptr(),
+            *sizes, spec.top_k * spec.scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(),
+            num_experts, keys.data_ptr(), balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(), narrow.data_ptr(),
             values.data_ptr(), projections.data_ptr(), scratch.data_ptr(),
         )  # fmt: skip
     if (kept := values_dtype(base.dtype, spec)) is not None:
