@@ -111,7 +111,7 @@ def token_forward(
     indices = torch.empty(num_tokens, spec.top_k, dtype=torch.int64)
     flags = _flags(spec, num_experts, x, source, y, A, B, weight)
     sizes = (num_tokens, d_in, d_out, num_ranks, num_experts, spec.top_k, flags, torch.get_num_threads())
-    logits = x.view(num_tokens, d_in).float() @ weight.float().t()
+    logits = router_logits(x.view(num_tokens, d_in), weight)
     keys = selection_keys(logits, balance_bias, spec)
     narrow = torch.empty(num_tokens, spec.top_k, dtype=_index_dtype(num_experts))
     values = torch.empty(num_tokens, spec.top_k)
@@ -130,6 +130,25 @@ def token_forward(
     if (kept := values_dtype(base.dtype, spec)) is not None:
         values = values.clamp_(min=-6e4).to(kept)
     return y.to(dtype).view(shape), indices, Chosen(narrow, values, projections.to(base.dtype))
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W_gᵀ (N, E) in float32, for contiguous x (N, d_in) and W_g (E, d_in).
+
+    Products of bfloat16 numbers are exact in float32, so that a unit that multiplies the one and adds in the other is
+    as good as casting first.
+    """
+    (num_tokens, d_in), num_experts = x.shape, weight.shape[0]
+    if x.dtype == weight.dtype == _NARROW and num_tokens:
+        logits, packed = torch.empty(num_tokens, num_experts), torch.empty(-(-num_experts // 32) * 16 * d_in)
+        native = library()
+        assert native is not None
+        if native.rank_experts_logits(
+            num_tokens, d_in, num_experts, torch.get_num_threads(), x.data_ptr(), weight.data_ptr(),
+            packed.data_ptr(), logits.data_ptr(),
+        ):  # fmt: skip
+            return logits
+    return x.float() @ weight.float().t()
 
 
 def token_backward(

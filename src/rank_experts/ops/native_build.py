@@ -101,6 +101,8 @@ def _open(path: Path) -> ctypes.CDLL:
         raise NativeBuildError(f"What the compiler made cannot be loaded: {error}.") from error
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     common = [*[integer] * 8, ctypes.c_double]
+    loaded.rank_experts_logits.argtypes = [*[integer] * 4, *[pointer] * 4]
+    loaded.rank_experts_logits.restype = integer
     loaded.rank_experts_decode.argtypes = [*common, *[pointer] * 7]
     loaded.rank_experts_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 8]
     loaded.rank_experts_backward.argtypes = [*common, *[pointer] * 11, integer, *[pointer] * 5]
