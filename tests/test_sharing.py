@@ -123,7 +123,7 @@ def test_a_model_learns_like_one_that_shares_nothing(gate, name, projected):
 @pytest.mark.parametrize(
     "options",
     [{}, {"biased_gates": True}, {"score_function": "softmax"}, {"expert_rank": 2}, {"make": dense_config}],
-    ids=str,
+    ids=["sigmoid", "biased", "softmax", "blocks", "dense"],
 )
 def test_every_gate_and_dtype(options, dtype, projected):
     runs = [step(block(share, **options).to(dtype), X.to(dtype)) for share in (True, False)]
