@@ -1,7 +1,8 @@
-"""Random adapters, configs, task specifications and recipes: nothing is accepted wrongly, nothing crashes.
+"""Random adapters, configs and task specifications: nothing is accepted wrongly, nothing crashes.
 
-By default a few hundred of each; `make fuzz` runs 10,000 adapter folders and writes docs/results/fuzz.json. Every
-adapter case is made from its number alone: `RANK_EXPERTS_FUZZ_CASE=1234` runs one again.
+Recipes are in test_fuzz_recipes.py. By default a few hundred of each; `make fuzz` runs 10,000 adapter folders and
+writes docs/results/fuzz.json. Every adapter case is made from its number alone: `RANK_EXPERTS_FUZZ_CASE=1234` runs one
+again.
 """
 
 from __future__ import annotations

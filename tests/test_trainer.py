@@ -279,6 +279,10 @@ def test_checkpoints_hold_adapter_and_heads_alone(tmp_path):
     names = set(os.listdir(tmp_path / "checkpoint-2"))
     assert {"adapter_config.json", "adapter_model.safetensors", "heads.json", "heads.safetensors"} <= names
     assert "model.safetensors" not in names
+    run.save_model(str(tmp_path / "saved"))
+    assert set(os.listdir(tmp_path / "saved")) == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "heads.json", "heads.safetensors")
+    }
     # Whatever else is trained must not be lost.
     model = classifier()
     model.encoder.embeddings.word_embeddings.weight.requires_grad = True

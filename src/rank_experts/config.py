@@ -89,6 +89,9 @@ class RankExpertConfig(PeftConfig):
             for tests.
         target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None: PEFT's
             default for LoRA on this architecture.
+        target_parameters: Names (suffixes) of the parameters that hold a mixture's experts, for instance
+            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: every expert of the base gets an adapter, and a
+            token or task router, of its own. In addition to target_modules.
         exclude_modules: Names or a regular expression of modules to leave out.
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: The name of the model's list of layers, for `layers_to_transform`.
@@ -129,6 +132,9 @@ class RankExpertConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "A Kaiming-uniform and B zero; False: both random."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules to adapt, a regular expression, or 'all-linear'."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of a mixture's expert parameters to adapt."}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of modules to leave out."}
@@ -261,8 +267,10 @@ class RankExpertConfig(PeftConfig):
             raise ValueError(f"tasks={self.tasks!r}: {', '.join(map(repr, twice))} stands there more than once.")
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            _check_names(name, getattr(self, name), a_name_alone=name != "modules_to_save")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_names(name, getattr(self, name), a_name_alone=True)
+        for name in ("target_parameters", "modules_to_save"):
+            _check_names(name, getattr(self, name), a_name_alone=False)
         for name in ("target_modules", "exclude_modules"):
             # As LoraConfig: sets make membership tests cheap, and PEFT writes them as lists.
             if isinstance(value := getattr(self, name), (list, tuple)):

@@ -13,17 +13,25 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
-from .model import Target, find_targets, inject_rank_experts
-from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, is_finite, read_pair, read_weights, write_pair
+from .inject import inject_rank_experts
+from .storage import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_tensor,
+    is_finite,
+    parse_weights,
+    read_pair,
+    read_weights,
+    write_pair,
+)
+from .targets import Target, find_targets
 
 PREFIX = "base_model.model."
 
@@ -62,8 +70,22 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
             )
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
-    write_pair(Path(path), config_to_json(config), tensors)
-    write_card(Path(path), config, tensors)
+    write_adapter(Path(path), config, tensors)
+
+
+def write_adapter(folder: Path, config: RankExpertConfig, tensors: dict[str, Tensor]) -> None:
+    """Write an adapter's two files in one step, and its model card.
+
+    Args:
+        folder: Made where it is missing.
+        config: The adapter's.
+        tensors: By the file's names, contiguous and on the CPU.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; what was there before is unchanged.
+    """
+    write_pair(folder, config_to_json(config), tensors)
+    write_card(folder, config, tensors)
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +105,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def config_to_json(config: RankExpertConfig) -> str:
+def config_to_json(config: PeftConfig) -> str:
     """Return what `adapter_config.json` holds: the fields, sorted, sets as sorted lists, inference_mode on."""
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     values["inference_mode"] = True
@@ -325,7 +347,7 @@ def check_tensors(
 
     Args:
         folder: Where it lies, for messages.
-        weights: Its bytes; parsing them takes as much memory again, whatever the header claims.
+        weights: Its bytes.
         expected: Name to shape.
         config: The adapter's, for messages.
         optional: Name to shape of what may be there too.
@@ -340,10 +362,7 @@ def check_tensors(
     file = folder / WEIGHTS_FILE
     trained_on = f" The adapter was trained on {config.base_model_name_or_path!r}: is this that model?"
     hint = trained_on if config.base_model_name_or_path else " Is this the model that the adapter was trained on?"
-    try:
-        tensors = load(weights)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}. Save or download the adapter again.") from None
+    tensors = parse_weights(file, weights)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{file} lacks {_few(missing)}.{hint}")
     expected = expected | {name: shape for name, shape in (optional or {}).items() if name in tensors}

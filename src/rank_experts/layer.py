@@ -17,7 +17,7 @@ from .adaptable import in_out_features
 from .context import Call, RoutingScope, task_ids_of_layer
 from .mergeable import MergeableLayer
 from .ops import Adapted, Reader, rank_experts
-from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
+from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples, pool_gathered
 
 
 class AdapterSettings(NamedTuple):
@@ -157,8 +157,9 @@ class RankExpertLinear(nn.Module, MergeableLayer):
 
     def _apply_adapter(self, result: Tensor | None, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
         # The result so far, or None before the base layer: the op applies it where that saves passes.
-        router, dropout = self._router(adapter_name), self.rank_expert_dropout[adapter_name]
-        A, B = self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name]
+        settings = self.settings[adapter_name]
+        A, B, router, dropout = (_held(self._modules[name], adapter_name) for name in _CONTAINERS)
+        scale = settings.alpha / (router.top_k if isinstance(router, TokenRouter) else A.shape[0])
         gate: TokenRouter | Tensor | None = router if isinstance(router, TokenRouter) else None
         if isinstance(router, TaskRouter):
             gate, used = self._task_gates(router, x, adapter_name, call)
@@ -172,13 +173,13 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             A,
             B,
             gate,
-            scale=self.scale(adapter_name),
+            scale=scale,
             dropout=dropout if isinstance(dropout, nn.Dropout) and dropout.training else None,
             output=result,
             want_routing=self._wants_routing(adapter_name),
             shared=shared,
         )
-        if isinstance(router, TokenRouter):
+        if isinstance(router, TokenRouter) and (self.training or adapted.routing is not None):
             self._report(adapted, router, x, adapter_name, call)
         return adapted.y
 
@@ -218,13 +219,7 @@ class RankExpertLinear(nn.Module, MergeableLayer):
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
-            mask = call.token_mask(x)
-            example_ids = _one_id_an_example(ids, x)
-            examples = x.reshape(example_ids.shape[0], -1, self.in_features)
-            mask = None if mask is None else mask.view(examples.shape[:2])
-            pooled = pool_examples(examples, mask, settings.pooling)
-            present = None if mask is None else mask.any(1)
-            loss = router.contrast(pooled, example_ids, settings.contrastive_temperature, present)
+            loss = self._contrast(router, ids, x, settings, call)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
         routing: Routing = router(ids)
         self._observe(routing, x, adapter_name)
@@ -232,6 +227,22 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             return routing.gates, router.r  # An accelerator would have to be waited for.
         used = int(routing.indices.max())
         return routing.gates[:, :used], used
+
+    def _contrast(self, router: TaskRouter, ids: Tensor, x: Tensor, settings: AdapterSettings, call: Call) -> Tensor:
+        mask = call.token_mask(x)
+        if call.gathered is not None:
+            tokens, num_tokens, num_examples = call.gathered
+            example = tokens // (num_tokens // num_examples)
+            pooled, present = pool_gathered(x, example, tokens, num_examples, mask, settings.pooling)
+            ids = ids.new_zeros(num_examples).scatter(0, example, ids.expand(len(tokens)))
+            return router.contrast(pooled, ids, settings.contrastive_temperature, present)
+        example_ids = _one_id_an_example(ids, x)
+        examples = x.reshape(example_ids.shape[0], -1, self.in_features)
+        mask = None if mask is None else mask.view(examples.shape[:2])
+        pooled = pool_examples(examples, mask, settings.pooling)
+        return router.contrast(
+            pooled, example_ids, settings.contrastive_temperature, None if mask is None else mask.any(1)
+        )
 
     def _wants_routing(self, adapter_name: str) -> bool:
         # Beyond the choice itself: the probabilities, for the balancing loss or for whoever watches.
@@ -305,6 +316,18 @@ class RankExpertLinear(nn.Module, MergeableLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether PEFT may convert this layer's adapter to LoRA: only a dense one is static."""
         return self._router(adapter_name) is None
+
+
+_CONTAINERS = ("rank_expert_A", "rank_expert_B", "rank_expert_router", "rank_expert_dropout")
+
+
+def _held(container: Any, name: str) -> Any:
+    # What a ParameterDict or ModuleDict holds, from where nn.Module keeps it: their own look-up takes microseconds, of
+    # which decoding has few. None: nothing.
+    found = container._parameters.get(name)
+    if found is None:
+        found = container._modules.get(name)
+    return container[name] if found is None and name in container else found
 
 
 def _one_id_an_example(ids: Tensor, x: Tensor) -> Tensor:

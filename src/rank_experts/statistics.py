@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,12 @@ class LayerStatistics:
             return None
         unit = F.normalize(self.task_embedding.double(), dim=-1)
         return unit @ unit.T
+
+
+def mean_similarity(layers: Iterable[LayerStatistics]) -> Tensor | None:
+    """Return (T, T) cosines of the task embeddings, averaged over layers; None without a task router."""
+    known = [similarity for layer in layers if (similarity := layer.embedding_similarity) is not None]
+    return torch.stack(known).mean(0) if known else None
 
 
 def normalised_entropy(probabilities: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from ._warnings import warn_once
 from .balance import count_idle, dead_experts, take_nan_examples, update_router_bias
@@ -353,7 +352,6 @@ class RankExpertTrainerMixin(_Base):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _restore(self, owner: nn.Module, folder: str) -> None:
         restore_rank_experts(owner, folder, _adapter_name(owner))
@@ -374,11 +372,12 @@ class RankExpertTrainerMixin(_Base):
 
 
 class RankExpertTrainer(RankExpertTrainerMixin, Trainer):
-    """`Trainer` for rank experts on several tasks. Takes what `Trainer` takes, and:
+    """`Trainer` for rank experts on several tasks.
+
+    Takes what `Trainer` takes. `train_dataset` may be a `TaskMixture`, or a dataset with a column "task_ids" (any
+    other is sampled as `Trainer` does), and `eval_dataset` a `TaskMixture`, or a dict of task name to dataset.
 
     Args:
-        train_dataset: A `TaskMixture`, or a dataset with a column "task_ids"; any other is sampled as `Trainer` does.
-        eval_dataset: A `TaskMixture`, or a dict of task name to dataset.
         metrics: Task name to a metric's name (`metrics.METRICS`), a function (predictions, labels) → score, or
             several. Then `eval_<task>_<metric>` and `eval_mean` are reported; `metric_for_best_model="mean"` works.
         sampling: The sampling law, "balanced" where left out; see `tasks.sampling_weights`.

@@ -26,6 +26,7 @@ from .shared import Reader, Shared, project
 # (examples/benchmarks/shared.py); a layer without a token router has half as much to share.
 _SHARED_TOKENS = 512
 _SHARED_TOKENS_WITHOUT_ROUTER = 2048
+_PLAIN = {Tensor, nn.Parameter}
 _CHOICES = {
     "gate": "fused function, gate in PyTorch",
     "triton_kernels": "fused function, gate in Triton",
@@ -97,7 +98,18 @@ def rank_experts(
     if torch.compiler.is_compiling():
         return _one_node(base_layer(x) if output is None else output, x, dropped, A, B, gate, scale, dtype)
     fresh = _is_plain(base_layer)
-    if output is None and fresh and _joins(base_layer, x, autocast):
+    if (
+        fresh
+        and output is None
+        and dropped is None
+        and not autocast
+        and not torch.is_grad_enabled()
+        and isinstance(gate, TokenRouter)
+        and (decoded := native.decode(base_layer, x, A, B, gate, scale)) is not None
+    ):
+        announce(_CHOICES["native"])
+        return Adapted(*decoded)
+    if output is None and fresh and torch.is_grad_enabled() and _joins(base_layer, x, autocast):
         base = Base(base_layer, isinstance(base_layer, Conv1D), True, dtype)
         tensor: Tensor = base_layer.weight  # type: ignore[assignment]
     else:
@@ -124,7 +136,7 @@ def may_share(x: Tensor, reader: Reader) -> bool:
     """
     matrices = [matrix for matrix in reader[:3] if isinstance(matrix, Tensor)]
     enough = _SHARED_TOKENS_WITHOUT_ROUTER if reader.weight is None else _SHARED_TOKENS
-    if x.numel() < enough * x.shape[-1] or not {type(x), *map(type, matrices)} <= {Tensor, nn.Parameter}:
+    if x.numel() < enough * x.shape[-1] or not {type(x), *map(type, matrices)} <= _PLAIN:
         return False
     # What another library has moved away or taken apart (offloading, sharding) is not ours to gather.
     if any(matrix.device != x.device or matrix.is_meta or not matrix.numel() for matrix in matrices):
@@ -173,11 +185,11 @@ def _needs_reference(
     if want_routing:
         return "the router's probabilities are wanted"
     weight = gate.weight if isinstance(gate, TokenRouter) else A
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, A, B, weight)):
+    if not {type(x), type(A), type(B), type(weight)} <= _PLAIN:
         return "a tensor is of a subclass"
     if torch._C._are_functorch_transforms_active():
         return "a functional transform is active"
-    if x.device.type == "meta":
+    if x.is_meta:
         return "the tensors hold no data"
     if autocast and x.dtype == torch.float64:
         return "autocast leaves float64 alone"

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .gate import Chosen, GateSpec, selection_keys, values_dtype
 from .native_build import library
 
 if TYPE_CHECKING:
+    from ..routing import TokenRouter
     from .products import Base
 
 # Up to this many tokens without gradients, one call does everything after the base layer.
@@ -39,12 +40,51 @@ def supports(tensors: Sequence[Tensor], dtype: torch.dtype, top_k: int, num_expe
         top_k: k.
         num_experts: E.
     """
-    return (
-        all(tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors)
-        and dtype in _DTYPES
-        and 4 * top_k <= num_experts
-        and library() is not None
-    )
+    if dtype not in _DTYPES or not pays(top_k, num_experts) or library() is None:
+        return False
+    return all([tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors])
+
+
+def pays(top_k: int, num_experts: int) -> bool:
+    """Say whether so few experts are active that multiplying only them is faster than dense products."""
+    return 4 * top_k <= num_experts
+
+
+def decode(
+    base_layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, router: TokenRouter, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Apply a layer to a few tokens, without gradients, in one call after the base layer.
+
+    Its checks are what decoding a token costs most, so they come in the order in which they fail.
+
+    Args:
+        base_layer: Plain, so that nobody else holds its output, which is contiguous and has x's dtype.
+        x: (…, d_in).
+        A: (r, d_in).
+        B: (d_out, r).
+        router: The gate.
+        scale: s.
+
+    Returns:
+        y (…, d_out) and the chosen experts (N, k); None where it does not serve the case.
+    """
+    weight = router.weight
+    (num_ranks, d_in), (num_experts, _) = A.shape, weight.shape
+    top_k, tensors = router.top_k, (x, A, B, weight)
+    num_tokens = x.numel() // d_in
+    if num_tokens > DECODE_TOKENS or not num_tokens or not supports(tensors, A.dtype, top_k, num_experts):
+        return None
+    if not (x.is_contiguous() and A.is_contiguous() and B.is_contiguous() and weight.is_contiguous()):
+        return None
+    y = base_layer(x)
+    indices = torch.empty(num_tokens, top_k, dtype=torch.int64)
+    spec = GateSpec(top_k, router.score_function, router.biased_gates, scale)
+    library().rank_experts_decode(  # type: ignore[union-attr]
+        num_tokens, d_in, y.shape[-1], num_ranks, num_experts, top_k, _flags(spec, num_experts, x, x, y, A, B, weight),
+        torch.get_num_threads(), top_k * scale, x.data_ptr(), A.data_ptr(), B.data_ptr(), weight.data_ptr(),
+        router.balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(),
+    )  # fmt: skip
+    return y, indices
 
 
 def token_forward(
@@ -57,8 +97,7 @@ def token_forward(
     balance_bias: Tensor,
     spec: GateSpec,
     base: Base,
-    keep: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, Tensor, Chosen]:
     """Add the update to the base layer's output y; else as `products.token_forward`."""
     shape, dtype = y.shape, y.dtype
     y = y if dtype in _DTYPES else y.float()
@@ -72,26 +111,19 @@ def token_forward(
     indices = torch.empty(num_tokens, spec.top_k, dtype=torch.int64)
     flags = _flags(spec, num_experts, x, source, y, A, B, weight)
     sizes = (num_tokens, d_in, d_out, num_ranks, num_experts, spec.top_k, flags, torch.get_num_threads())
-    factor = spec.top_k * spec.scale
-    native = library()
-    assert native is not None
-    if not keep and num_tokens <= DECODE_TOKENS and dropped is None:
-        native.rank_experts_decode(
-            *sizes, factor, x.data_ptr(), A.data_ptr(), B.data_ptr(), weight.data_ptr(), balance_bias.data_ptr(),
-            y.data_ptr(), indices.data_ptr(),
-        )  # fmt: skip
-        return (y if y.dtype == dtype else y.to(dtype)), indices, ()
     logits = x.view(num_tokens, d_in).float() @ weight.float().t()
     keys = selection_keys(logits, balance_bias, spec)
     narrow = torch.empty(num_tokens, spec.top_k, dtype=_index_dtype(num_experts))
     values = torch.empty(num_tokens, spec.top_k)
     projections = torch.empty(num_tokens, spec.top_k * (num_ranks // num_experts))
+    native = library()
+    assert native is not None
     columns = native.rank_experts_columns()
     tiles = -(-d_in // columns) - (-d_out // columns)
     scratch = torch.empty(tiles * num_ranks * columns + 2 * projections.numel() + 2 * sizes[-1] * num_experts)
     if num_tokens:
         native.rank_experts_forward(
-            *sizes, factor, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(), num_experts,
+            *sizes, spec.top_k * spec.scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(), num_experts,
             keys.data_ptr(), balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(), narrow.data_ptr(),
             values.data_ptr(), projections.data_ptr(), scratch.data_ptr(),
         )  # fmt: skip
@@ -161,7 +193,8 @@ def _flags(spec: GateSpec, num_experts: int, *tensors: Tensor) -> int:
     # As `Call` in native.cpp has them; the tensors: x, what A reads, y or dy, A, B, W_g.
     flags = (spec.score_function == "sigmoid") | spec.biased_gates << 1 | (num_experts <= 256) << 2
     for bit, tensor in enumerate(tensors, 3):
-        flags |= (tensor.dtype == _NARROW) << bit
+        if tensor.dtype == _NARROW:
+            flags |= 1 << bit
     return flags
 
 

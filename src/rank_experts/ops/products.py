@@ -57,7 +57,7 @@ def token_forward(
     y = tensor if base.layer is None else base.layer(x)
     with no_autocast(x):
         if kernels is native:
-            return native.token_forward(x, dropped, y, A, B, weight, balance_bias, spec, base, keep)
+            return native.token_forward(x, dropped, y, A, B, weight, balance_bias, spec, base)
         flat = x.reshape(-1, x.shape[-1])
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         if shared is not None:
