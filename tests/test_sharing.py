@@ -28,6 +28,8 @@ D = 16
 def projected(monkeypatch):
     """The number of matrices in each joint product; the native kernel, which shares nothing, is out of the way."""
     monkeypatch.setattr(native, "supports", lambda *args: False)
+    for name in ("_SHARED_TOKENS", "_SHARED_TOKENS_WITHOUT_ROUTER"):
+        monkeypatch.setattr(dispatch, name, 33)
     counts: list[int] = []
 
     def project(x, matrices, dtype):
