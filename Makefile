@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format clean bench works-with compat fuzz
+.PHONY: help install demo test test-slow check format clean bench docs build release-check works-with compat fuzz
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -34,11 +34,30 @@ test-slow: $(STAMP) ## run the tests that take minutes
 # glibc maps large tensors anew each time, which costs more than what is measured.
 BENCH := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=67108864 $(BIN)/python examples/benchmarks
 
-bench: $(STAMP) ## measure layers, training steps and decoding; results go to docs/results
+bench: $(STAMP) ## measure layers, training steps, decoding and loading, in minutes; results go to docs/results
 	$(BENCH)/layer.py
 	$(BENCH)/training_step.py
 	$(BENCH)/decode.py
+	$(BENCH)/shared.py
+	$(BENCH)/compiled.py
+	$(BENCH)/growth.py
+	$(BENCH)/loading.py
 	$(BENCH)/page.py
+
+# What mkdocstrings' parser has to say of a docstring does not count as a warning of the build's, so grep asks for it.
+docs: $(STAMP) ## build the documentation into site, warnings are errors; python3 -m http.server -d site shows it
+	$(PIP) -e ".[docs]"
+	$(BIN)/zensical build -f .zensical.toml --strict --clean > $(VENV)/docs.log 2>&1 || { cat $(VENV)/docs.log; exit 1; }
+	@cat $(VENV)/docs.log; ! grep -q '^griffe' $(VENV)/docs.log
+
+build: $(STAMP) ## make wheel and sdist in dist, and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_release.py
+
+release-check: $(STAMP) ## TAG=v1.2.3: the tag, the package's version and the changelog's newest section agree
+	$(BIN)/python -m pytest tests/test_release.py -k version
 
 works-with: $(STAMP) ## run the tests of trl, bitsandbytes, torchao and lm_eval, which `make test` skips
 	$(PIP) -e ".[dev,works-with]"

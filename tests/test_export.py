@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
+from helpers import needs_trained_biases
 from models import MODELS, batch
 from rank_experts import (
     RankExpertConfig,
@@ -200,6 +201,7 @@ def test_saved_modules_are_carried_along(tmp_path, wrapped):
     assert close(logits(loaded, "bert"), expected, torch.float32)
 
 
+@needs_trained_biases
 @pytest.mark.parametrize("bias", ["all", "rank_expert_only"])
 def test_trained_biases_are_carried_along(tmp_path, bias):
     base, model = adapted("bert", RankExpertConfig.lora(r=4, target_modules=["query"], init_weights=False, bias=bias))

@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.context import Call, RoutingScope
 from rank_experts.layer import AdapterSettings, RankExpertLinear
-from rank_experts.ops import dispatch, rank_experts, rank_experts_reference
+from rank_experts.ops import dispatch, native, rank_experts, rank_experts_reference
 from rank_experts.ops.gate import select
+from rank_experts.ops.native_build import library
 from rank_experts.routing import TokenRouter, select_experts
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 8e-3}
@@ -430,15 +431,20 @@ def test_the_balancing_loss_reaches_the_router():
     assert grad.abs().max() > 0
 
 
-def test_the_choice_is_said_once(caplog):
+@pytest.mark.parametrize(
+    ("native_serves", "choice"), [(False, "fused function, gate in PyTorch"), (True, "native CPU kernel")]
+)
+def test_the_choice_is_said_once(caplog, monkeypatch, native_serves, choice):
+    if not native_serves:
+        monkeypatch.setattr(native, "supports", lambda *args: False)
+    elif library() is None:
+        pytest.skip("no C++ compiler")
     dispatch.announce.cache_clear()
     layer = adapted("token")
     with caplog.at_level(logging.INFO, logger="rank_experts.ops"):
         for _ in range(3):
             layer(torch.randn(40, 32))
-    assert [record.message for record in caplog.records] == [
-        "rank_experts computes adapted layers with: fused function, gate in PyTorch"
-    ]
+    assert [record.message for record in caplog.records] == [f"rank_experts computes adapted layers with: {choice}"]
 
 
 def test_several_adapters_add_up():

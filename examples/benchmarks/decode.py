@@ -14,6 +14,7 @@ from torch import nn
 from measure import in_turn, machine, write
 from models import VARIANTS, adapt, base_model
 from rank_experts import use_task
+from variants import pytorch_or_native
 
 
 def decoding(model: nn.Module, batch: int, tokens: int, variant: str) -> Callable[[], None]:
@@ -39,8 +40,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--variants", nargs="+", default=VARIANTS[:-1], choices=VARIANTS)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS[:-2], choices=VARIANTS)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--name", default="decode")
@@ -50,7 +51,9 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     models = {name: adapt(base_model("llama", args.hidden, args.layers, dtype), name).eval() for name in args.variants}
     for batch in args.batch:
-        runs = {name: decoding(model, batch, args.tokens, name) for name, model in models.items()}
+        runs = {
+            name: pytorch_or_native(name, decoding(model, batch, args.tokens, name)) for name, model in models.items()
+        }
         times = in_turn(runs, args.repeats, args.clock, warm_up=1)
         rate = {name: round(batch * args.tokens / value["median_ms"] * 1e3, 1) for name, value in times.items()}
         row = {name: getattr(args, name) for name in ("hidden", "layers", "tokens", "dtype")}

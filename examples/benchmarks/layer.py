@@ -5,6 +5,8 @@
 with PEFT LoRA of rank 64 for SMoRA and of rank 8 for MoRE. At large widths the frozen layer hides everything in
 `total`, so both are given.
 
+"smora" is SMoRA in PyTorch alone, "smora native" with the native CPU kernel where there is a compiler.
+
     python examples/benchmarks/layer.py --tokens 512 4096 --width 768 2048 --dtype float32
 """
 
@@ -18,9 +20,9 @@ import torch
 
 from measure import in_turn, machine, peak_bytes, saved_bytes, write
 from rank_experts.ops import rank_experts_reference
-from variants import TASKS, PublishedSMoRA, layer, step
+from variants import TASKS, PublishedSMoRA, layer, pytorch_or_native, step
 
-KINDS = ["base", "lora64", "smora", "dense64", "lora8", "more8 one task", "more8 mixed"]
+KINDS = ["base", "lora64", "smora", "smora native", "dense64", "lora8", "more8 one task", "more8 mixed"]
 
 
 def check(d: int, dtype: torch.dtype) -> None:
@@ -52,8 +54,9 @@ def measure(num_tokens: int, d: int, dtype: torch.dtype, repeats: int, clock: st
             view = view.detach().requires_grad_()
             runs[kind] = step(module, view, dview, tasks)
         else:
-            runs[kind] = step(module, x, dy, TASKS[1] if kind.startswith("more8") else None)
-    times = in_turn(runs, repeats, clock)
+            run = step(module, x, dy, TASKS[1] if kind.startswith("more8") else None)
+            runs[kind] = pytorch_or_native(kind, run)
+    times = in_turn(runs, repeats, clock, warm_up=2)
     row: dict[str, Any] = {"tokens": num_tokens, "width": d, "dtype": str(dtype).removeprefix("torch."), "times": times}
     base = times["base"]["median_ms"]
     row["overhead"], row["total"] = {}, {}
@@ -65,7 +68,7 @@ def measure(num_tokens: int, d: int, dtype: torch.dtype, repeats: int, clock: st
     row["saved_bytes"] = {
         kind: saved_bytes(lambda kind=kind: layers[kind](x), [x, *layers[kind].parameters()])
         for kind in kinds
-        if not kind.startswith("more8")
+        if not kind.startswith("more8") and not kind.endswith("native")
     }
     return row
 
@@ -73,10 +76,11 @@ def measure(num_tokens: int, d: int, dtype: torch.dtype, repeats: int, clock: st
 def main() -> None:
     """Read the arguments, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512, 4096])
-    parser.add_argument("--width", type=int, nargs="+", default=[768, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512, 4096, 16384])
+    parser.add_argument("--width", type=int, nargs="+", default=[768, 2048, 4096])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--limit", type=int, default=2**34, help="leave out sizes with more tokens × width²")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--published-up-to", type=int, default=512, help="tokens; the published way needs gigabytes")
@@ -85,6 +89,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for dtype_name, d, num_tokens in product(args.dtype, args.width, args.tokens):
+        if num_tokens * d * d > args.limit:
+            continue
         dtype = getattr(torch, dtype_name)
         check(d, dtype)
         row = measure(num_tokens, d, dtype, args.repeats, args.clock, num_tokens <= args.published_up_to)

@@ -113,4 +113,4 @@ def write(name: str, described: dict[str, Any], rows: list[dict[str, Any]]) -> N
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"{name}.json"
     target.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
-    print(f"wrote {target.relative_to(RESULTS.parents[1])}")
+    print(f"wrote {target}")

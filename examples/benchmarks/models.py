@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
+
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -11,7 +14,8 @@ from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.model import adapted_layers
 from variants import TASKS, PublishedSMoRA, choose_ranks
 
-VARIANTS = ["base", "lora64", "lora8", "smora", "more8", "published"]
+VARIANTS = ["base", "lora64", "lora8", "smora", "smora native", "more8", "xlora", "published"]
+"""X-LoRA: eight LoRA of rank 8, all trained, and PEFT's classifier, which reads a pass of the model of its own."""
 
 
 def base_model(shape: str, hidden: int, layers: int, dtype: torch.dtype) -> nn.Module:
@@ -52,6 +56,8 @@ def adapt(model: nn.Module, variant: str) -> nn.Module:
         r = int(variant.removeprefix("lora"))
         config = LoraConfig(r=r, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
+    if variant == "xlora":
+        return _xlora(model)
     common = dict(target_modules="all-linear", init_weights=False)
     ours = RankExpertConfig.more(tasks=TASKS, **common) if variant == "more8" else RankExpertConfig.smora(**common)
     inject_rank_experts(model, ours, autocast_adapter_dtype=False)
@@ -61,3 +67,24 @@ def adapt(model: nn.Module, variant: str) -> nn.Module:
         elif variant == "published":
             model.set_submodule(path, PublishedSMoRA(layer))
     return model
+
+
+def _xlora(model: nn.Module) -> nn.Module:
+    # PEFT reads its experts from folders.
+    model.config.use_cache = False
+    with tempfile.TemporaryDirectory() as folder:
+        config = LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        one = get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
+        one.save_pretrained(folder)
+        experts = XLoraConfig(
+            task_type="CAUSAL_LM",
+            hidden_size=model.config.hidden_size,
+            adapters={str(i): folder for i in range(8)},
+            use_trainable_adapters=True,
+        )
+        adapted = get_peft_model(model, experts, autocast_adapter_dtype=False)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_A" in name or "lora_B" in name or "internal_xlora_classifier" in name)
+    return adapted

@@ -14,14 +14,18 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
+from goals import verdicts
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 START, END = "<!-- tables: written by examples/benchmarks/page.py -->", "<!-- end of tables -->"
-KINDS = ["smora", "dense64", "more8 one task", "more8 mixed", "published"]
+RESULTS = ["layer", "training_step", "decode", "compiled", "shared", "growth", "loading"]
+KINDS = ["smora", "smora native", "dense64", "more8 one task", "more8 mixed", "published"]
 
 
-def read(name: str) -> dict[str, Any]:
-    """Read docs/results/<name>.json."""
-    return json.loads((DOCS / "results" / f"{name}.json").read_text())
+def read() -> dict[str, dict[str, Any]]:
+    """Read docs/results/<name>.json, those that are there."""
+    files = {name: DOCS / "results" / f"{name}.json" for name in RESULTS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
@@ -55,18 +59,50 @@ def layers(result: dict[str, Any]) -> str:
     )
 
 
-def whole(name: str, title: str, keys: list[str], unit: str) -> str:
+def whole(rows: list[dict[str, Any]], title: str, keys: list[str], unit: str) -> str:
     """Write a table of whole models."""
-    rows = read(name)["rows"]
-    kinds = list(rows[0]["times"])
-    cells = [
-        [
-            *(row[key] for key in keys),
-            *(row.get("tokens_per_second", {}).get(k) or row["times"][k]["median_ms"] for k in kinds),
-        ]
-        for row in rows
-    ]
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["times"]))
+    cells = [[*(row[key] for key in keys), *(_rate(row, kind) for kind in kinds)] for row in rows]
     return f"### {title}\n\n{unit}\n\n" + table([*keys, *kinds], cells)
+
+
+def _rate(row: dict[str, Any], kind: str) -> Any:
+    if kind not in row["times"]:
+        return ""
+    return row.get("tokens_per_second", {}).get(kind) or round(row["times"][kind]["median_ms"], 1)
+
+
+def overheads(rows: list[dict[str, Any]], title: str, text: str) -> str:
+    """Write a table of overheads by kind."""
+    kinds = [kind for kind in rows[0]["overhead"] if kind not in ("base", "lora64")]
+    cells = [
+        [row["tokens"], row["width"], row["dtype"], *(row["overhead"].get(kind, "") for kind in kinds)] for row in rows
+    ]
+    return f"### {title}\n\n{text}\n\n" + table(["tokens", "width", "dtype", *kinds], cells)
+
+
+def growth(rows: list[dict[str, Any]]) -> str:
+    """Write a table for each thing that the cost grows with."""
+    parts = ["### How the cost grows\n\nMilliseconds a step, base included; with tokens and width: the first table."]
+    for of in dict.fromkeys(row["of"] for row in rows):
+        own = [row for row in rows if row["of"] == of]
+        values = list(dict.fromkeys(row["value"] for row in own))
+        kinds = list(dict.fromkeys(row["kind"] for row in own))
+        by = {(row["kind"], row["value"]): round(row["median_ms"], 2) for row in own}
+        parts.append(table([of, *kinds], [[value, *(by[kind, value] for kind in kinds)] for value in values]))
+    return "\n\n".join(parts)
+
+
+def loading(rows: list[dict[str, Any]]) -> str:
+    """Write a table of seconds."""
+    cells = []
+    for row in rows:
+        if row["of"] == "import":
+            cells += [[f"import {name}", value] for name, value in row["seconds"].items()]
+        else:
+            cells += [[f"{row['of']}, {kind}", round(v["median_ms"] / 1e3, 2)] for kind, v in row["times"].items()]
+    text = "Seconds; adapters on every linear layer of a model of 7-billion-parameter shape on the meta device."
+    return f"### Importing, adapting, loading\n\n{text}\n\n" + table(["what", "seconds"], cells)
 
 
 def plot(result: dict[str, Any]) -> None:
@@ -87,18 +123,32 @@ def plot(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Replace what lies between the page's marks."""
-    layer = read("layer")
-    described = "\n".join(f"- {name}: {value}" for name, value in layer["machine"].items())
+    results = read()
+    rows = {name: result["rows"] for name, result in results.items()}
+    described = "\n".join(f"- {name}: {value}" for name, value in results["layer"]["machine"].items())
     parts = [
         f"Measured on:\n\n{described}",
-        layers(layer),
+        "### Goals\n\nThe worst of the sizes measured decides.\n\n"
+        + table(["goal", "at", "measured", ""], verdicts(results)),
+        layers(results["layer"]),
         "![Overhead over tokens](results/overhead.svg)",
-        whole(
-            "training_step", "Training step", ["shape", "layers", "hidden", "batch", "length"], "Milliseconds a step."
-        ),
-        whole("decode", "Decoding", ["batch", "hidden", "layers"], "Tokens a second."),
     ]
-    plot(layer)
+    if "training_step" in rows:
+        keys = ["shape", "layers", "hidden", "batch", "length"]
+        parts.append(whole(rows["training_step"], "Training step", keys, "Milliseconds a step."))
+    if "decode" in rows:
+        parts.append(whole(rows["decode"], "Decoding", ["batch", "hidden", "layers"], "Tokens a second."))
+    if "shared" in rows:
+        text = "Overhead of three layers that read one tensor, against three of PEFT's LoRA."
+        parts.append(overheads(rows["shared"], "Shared inputs", text))
+    if "compiled" in rows:
+        text = "Overhead, all compiled by inductor: our node, and the plain formula, which inductor fuses."
+        parts.append(overheads(rows["compiled"], "Under torch.compile", text))
+    if "growth" in rows:
+        parts.append(growth(rows["growth"]))
+    if "loading" in rows:
+        parts.append(loading(rows["loading"]))
+    plot(results["layer"])
     page = DOCS / "performance.md"
     text = page.read_text(encoding="utf-8")
     before, after = text.split(START)[0], text.split(END)[1]

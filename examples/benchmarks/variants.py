@@ -6,6 +6,7 @@ Every adapter has random B, so that its update counts, and computes in the base 
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import nn
 
 from rank_experts import RankExpertConfig, inject_rank_experts, use_task
 from rank_experts.layer import RankExpertLinear
+from rank_experts.ops import native
 from rank_experts.routing import TaskRouter
 
 TASKS = ["short", "middle", "long"]
@@ -101,3 +103,18 @@ def step(
                 module(x).backward(dy)
 
     return run
+
+
+def in_pytorch(run: Callable[[], None]) -> Callable[[], None]:
+    """Run with the native kernel out of the way."""
+
+    def run_so() -> None:
+        with patch.object(native, "supports", lambda *args: False):
+            run()
+
+    return run_so
+
+
+def pytorch_or_native(kind: str, run: Callable[[], None]) -> Callable[[], None]:
+    """Run as the kind's name says: the native kernel is used by kinds that end in "native" alone."""
+    return run if kind.endswith("native") else in_pytorch(run)

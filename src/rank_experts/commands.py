@@ -86,7 +86,7 @@ def _data(args: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
 
 def _show(recipe: Any, data: Any, training: Any) -> None:
     from .assemble import adapter_config, load_base
-    from .model import inject_rank_experts
+    from .inject import inject_rank_experts
     from .tasks import TaskMixture, TaskSampler
 
     for name, task in data.items():

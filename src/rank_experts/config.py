@@ -44,6 +44,7 @@ _DESCRIPTIVE = {
     "peft_type",
     "peft_version",
     "revision",
+    "share_inputs",
     "task_type",
 }
 
@@ -82,10 +83,15 @@ class RankExpertConfig(PeftConfig):
         contrastive_temperature: Its temperature τ.
         pooling: What stands for an example in it: the "mean" over the non-padding tokens of a layer's input, the
             "first" or the "last" of them.
+        share_inputs: Compute the products of A and W_g with an input that several layers read (q, k, v; gate, up) for
+            all of them at once, where that is faster. What the layers mean does not depend on it.
         init_weights: True: A Kaiming-uniform, B zero, so that a new adapter changes nothing. False: both random,
             for tests.
         target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None: PEFT's
             default for LoRA on this architecture.
+        target_parameters: Names (suffixes) of the parameters that hold a mixture's experts, for instance
+            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: every expert of the base gets an adapter, and a
+            token or task router, of its own. In addition to target_modules.
         exclude_modules: Names or a regular expression of modules to leave out.
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: The name of the model's list of layers, for `layers_to_transform`.
@@ -122,9 +128,13 @@ class RankExpertConfig(PeftConfig):
     contrastive_coef: float = field(default=0.1, metadata={"help": "The weight of the contrastive loss."})
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Its temperature."})
     pooling: str = field(default="mean", metadata={"help": "'mean', 'first' or 'last'."})
+    share_inputs: bool = field(default=True, metadata={"help": "One product for layers that read the same input."})
     init_weights: bool = field(default=True, metadata={"help": "A Kaiming-uniform and B zero; False: both random."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules to adapt, a regular expression, or 'all-linear'."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of a mixture's expert parameters to adapt."}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of modules to leave out."}
@@ -230,7 +240,7 @@ class RankExpertConfig(PeftConfig):
             check_number(name, getattr(self, name), high)
         if self.contrastive_temperature == 0:
             raise ValueError("contrastive_temperature=0: expected more than 0; the paper's value is 0.05.")
-        for name in ("biased_gates", "init_weights", "inference_mode"):
+        for name in ("biased_gates", "init_weights", "inference_mode", "share_inputs"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}={value!r}: expected True or False, found {type(value).__name__}.")
         if self.router == "token":
@@ -257,8 +267,10 @@ class RankExpertConfig(PeftConfig):
             raise ValueError(f"tasks={self.tasks!r}: {', '.join(map(repr, twice))} stands there more than once.")
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            check_names(name, getattr(self, name), a_name_alone=name != "modules_to_save")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            check_names(name, getattr(self, name), a_name_alone=True)
+        for name in ("target_parameters", "modules_to_save"):
+            check_names(name, getattr(self, name), a_name_alone=False)
         for name in ("target_modules", "exclude_modules"):
             # As LoraConfig: sets make membership tests cheap, and PEFT writes them as lists.
             if isinstance(value := getattr(self, name), (list, tuple)):

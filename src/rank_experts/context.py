@@ -17,12 +17,13 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import nearest
+from .sharing import Groups, InputSharing
 
 if TYPE_CHECKING:
     from .layer import RankExpertLinear
@@ -34,12 +35,28 @@ _current_call: ContextVar[Call | None] = ContextVar("rank_experts_call", default
 _scope_keys = itertools.count()
 
 
+class Gathered(NamedTuple):
+    """Where tokens come from that a mixture of experts gathered from all over the batch.
+
+    Attributes:
+        tokens: (n,) int64, each one's place among the batch's tokens.
+        num_tokens: N, the batch's.
+        num_examples: B; an example has N / B tokens in a row.
+    """
+
+    tokens: Tensor
+    num_tokens: int
+    num_examples: int
+
+
 class RoutingScope:
     """Shared by the adapted layers of one model: tells its calls from other models' and knows the adapters' tasks.
 
     Attributes:
         tasks: For every adapter with a task router, its task names in the order of their ids.
+        adapts_experts: The experts of a mixture are among the layers, so that forwards run uncompiled.
         traced: The call while `torch.compile` traces a forward; it cannot see context variables.
+        groups: Which layers read the same inputs; see `sharing`.
         silent_calls: Training calls since the last `update_router_bias`.
         unused_losses: Auxiliary losses since the last that took part in a backward pass.
         suspects: (tasks, (B,) whether an example's outputs hold a NaN) of the latest training calls, to be looked at
@@ -49,7 +66,9 @@ class RoutingScope:
     def __init__(self) -> None:
         self.key = next(_scope_keys)
         self.tasks: dict[str, tuple[str, ...]] = {}
+        self.adapts_experts = False
         self.traced: Call | None = None
+        self.groups: Groups = {}
         self.silent_calls = 0
         self.unused_losses = 0
         self.suspects: deque[tuple[Tasks | None, Tensor]] = deque(maxlen=256)
@@ -57,15 +76,15 @@ class RoutingScope:
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingScope:
         # A copied model is another model: its calls must not be taken for the original's.
         memo[id(self)] = copied = RoutingScope()
-        copied.tasks = dict(self.tasks)
+        copied.__setstate__(self.__getstate__())
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tasks": self.tasks}
+        return {"tasks": dict(self.tasks), "adapts_experts": self.adapts_experts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-        self.tasks = state["tasks"]
+        self.__dict__.update(state)
 
     def current(self) -> Call | None:
         """Return the innermost call of this scope, or None outside of one."""
@@ -88,11 +107,13 @@ class Call:
         mask: (B, L) true where a token is not padding; None: all are tokens.
         target_mask: The same for a decoder that is given labels and no mask.
         labels: The labels that the model was called with, and `num_items` how many the whole step has.
+        gathered: Where the tokens of the layers' inputs come from; None: they are the batch's, in its order.
         memory: What a decoder reads from its encoder, and `memory_mask` which of it is not padding.
         loads: (layer, adapter, counts) reported by token routers.
         losses: (adapter, loss) reported by layers with an auxiliary loss.
         owner: Whoever must end the call, where that is not a `with` block.
         observers: Called with (layer, adapter, x, routing, call) when a layer routes; see `recording.record_routing`.
+        inputs: What layers have computed together; None: a new one.
     """
 
     scope: RoutingScope
@@ -102,6 +123,7 @@ class Call:
     target_mask: Tensor | None = None
     labels: Any = None
     num_items: Any = None
+    gathered: Gathered | None = None
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
     loads: list[tuple[RankExpertLinear, str, Tensor]] = field(default_factory=list)
@@ -109,11 +131,16 @@ class Call:
     observers: tuple[Callable[..., None], ...] = ()
     outer: Call | None = None
     owner: Any = None
+    inputs: InputSharing = field(default=None)  # type: ignore[assignment]
     _resolved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.inputs is None:
+            self.inputs = InputSharing({} if torch.compiler.is_compiling() else self.scope.groups)
 
     def fork(self, **changes: Any) -> Call:
         """Return a call with the same tasks, masks and observers that collects its own loads and losses."""
-        inherited = ("tasks", "adapter_names", "mask", "target_mask", "memory", "memory_mask", "observers")
+        inherited = ("tasks", "adapter_names", "mask", "target_mask", "gathered", "memory", "memory_mask", "observers")
         values = {name: getattr(self, name) for name in inherited}
         values.update(changes)
         return Call(self.scope, **values)
@@ -140,6 +167,9 @@ class Call:
             self.scope.traced = self.outer
         else:
             _current_call.set(self.outer)
+            self.inputs.close()
+            if self.inputs.learnt:
+                self.scope.groups = {**self.scope.groups, **self.inputs.learnt}
 
     def observe(self, layer: RankExpertLinear, adapter: str, x: Tensor, routing: Routing) -> None:
         """Tell the observers what a layer decided for its input x (…, d_in); not when backward recomputes it."""
@@ -308,7 +338,7 @@ class CheckpointInCall:
         def run(*inner_args: Any, **inner_kwargs: Any) -> tuple[Any, ...]:
             # The observers come along into the recomputation, which must save what the first run saved: a layer that
             # is watched computes more. What it reports then, `Call.observe` drops.
-            with call.fork() as own:
+            with call.fork(inputs=InputSharing(call.inputs.groups, recomputed=True)) as own:
                 outputs = function(*inner_args, **inner_kwargs)
             is_tuple = isinstance(outputs, tuple)
             runs.append((own, is_tuple))

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_experts import ExpertProjection
 from .calibrate import CalibrationReport, Factors, calibrate
 from .config import RankExpertConfig, nearest
 from .files import adapter_config, config_to_json
@@ -81,6 +82,13 @@ def export_lora(
         raise ValueError(
             f"task={task!r}: adapter {adapter_name!r} has router {config.router!r} and knows no tasks. Leave task out."
         )
+    for layer_path, layer in layers.items():
+        if isinstance(layer.base_layer, ExpertProjection):
+            raise ValueError(
+                f"{layer_path} is one of a mixture's experts, which a plain LoRA does not name: it cannot be exported. "
+                "Keep the adapter (save_rank_experts); or merge it, unless it routes by token (merge_rank_experts), "
+                "and save the model."
+            )
     if calibration is not None:
         factors, report = calibrate(
             model,

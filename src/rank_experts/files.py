@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
+from .inject import inject_rank_experts
 from .layout import PREFIX, tensor_shapes
-from .model import Target, find_targets, inject_rank_experts
 from .storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -32,6 +32,7 @@ from .storage import (
     read_weights,
     write_pair,
 )
+from .targets import Target, find_targets
 
 
 def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -7,19 +7,17 @@ Shapes: N tokens (all leading dimensions of the input together), d_in and d_out 
 
 from __future__ import annotations
 
-import inspect
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .base_weight import check_readable, keep_weight, read_weight, restore_weight, write_weight
+from .adaptable import in_out_features
 from .context import Call, RoutingScope, task_ids_of_layer
-from .ops import Adapted, rank_experts
-from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
+from .mergeable import MergeableLayer
+from .ops import Adapted, Reader, rank_experts
+from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples, pool_gathered
 
 
 class AdapterSettings(NamedTuple):
@@ -33,6 +31,7 @@ class AdapterSettings(NamedTuple):
         contrastive_coef: Weight of the contrastive loss; task router.
         contrastive_temperature: Its temperature.
         pooling: "mean", "first" or "last".
+        share_inputs: Compute x · [A; W_g]ᵀ together with other layers that read the same x.
     """
 
     alpha: float
@@ -42,9 +41,10 @@ class AdapterSettings(NamedTuple):
     contrastive_coef: float = 0.0
     contrastive_temperature: float = 0.05
     pooling: str = "mean"
+    share_inputs: bool = True
 
 
-class RankExpertLinear(nn.Module, BaseTunerLayer):
+class RankExpertLinear(nn.Module, MergeableLayer):
     """A linear layer with rank-expert adapters (SMoRA, arXiv 2501.15103; MoRE, 2505.22694; LoRA, 2106.09685).
 
     It wraps the base layer and calls it; the base layer's weight stays where it is.
@@ -127,12 +127,6 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._loads.pop(adapter_name, None)
 
-    def scale(self, adapter_name: str) -> float:
-        """Return s: alpha / top_k for a token router, alpha / r for the others (rank scaling is in the gates)."""
-        router = self._router(adapter_name)
-        divisor = router.top_k if isinstance(router, TokenRouter) else self.rank_expert_A[adapter_name].shape[0]
-        return self.settings[adapter_name].alpha / divisor
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the base layer and the active adapters.
 
@@ -163,26 +157,44 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
 
     def _apply_adapter(self, result: Tensor | None, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
         # The result so far, or None before the base layer: the op applies it where that saves passes.
-        router, dropout = self._router(adapter_name), self.rank_expert_dropout[adapter_name]
-        A, B = self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name]
+        settings = self.settings[adapter_name]
+        A, B, router, dropout = (_held(self._modules[name], adapter_name) for name in _CONTAINERS)
+        scale = settings.alpha / (router.top_k if isinstance(router, TokenRouter) else A.shape[0])
         gate: TokenRouter | Tensor | None = router if isinstance(router, TokenRouter) else None
         if isinstance(router, TaskRouter):
             gate, used = self._task_gates(router, x, adapter_name, call)
             A, B = (A, B) if used == len(A) else (A[:used], B[:, :used])
+        shared = None
+        if call is not None and not torch.compiler.is_compiling():
+            shared = call.inputs.take(self, adapter_name, x)
         adapted = rank_experts(
             self.base_layer,
             x,
             A,
             B,
             gate,
-            scale=self.scale(adapter_name),
+            scale=scale,
             dropout=dropout if isinstance(dropout, nn.Dropout) and dropout.training else None,
             output=result,
             want_routing=self._wants_routing(adapter_name),
+            shared=shared,
         )
-        if isinstance(router, TokenRouter):
+        if isinstance(router, TokenRouter) and (self.training or adapted.routing is not None):
             self._report(adapted, router, x, adapter_name, call)
         return adapted.y
+
+    def reader(self, adapter_name: str) -> Reader | None:
+        """Return what the layer multiplies its input with; None where it computes on its own."""
+        if adapter_name not in self.rank_expert_A or not self.settings[adapter_name].share_inputs:
+            return None
+        if self.disable_adapters or self.merged or adapter_name not in self.active_adapters:
+            return None
+        dropout = self.rank_expert_dropout[adapter_name]
+        if (isinstance(dropout, nn.Dropout) and dropout.training) or self._wants_routing(adapter_name):
+            return None
+        router = self._router(adapter_name)
+        weight, top_k = (router.weight, router.top_k) if isinstance(router, TokenRouter) else (None, 0)
+        return Reader(self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name], weight, top_k)
 
     def _report(self, adapted: Adapted, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> None:
         # What training wants to know of a token router's choice.
@@ -207,13 +219,7 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
-            mask = call.token_mask(x)
-            example_ids = _one_id_an_example(ids, x)
-            examples = x.reshape(example_ids.shape[0], -1, self.in_features)
-            mask = None if mask is None else mask.view(examples.shape[:2])
-            pooled = pool_examples(examples, mask, settings.pooling)
-            present = None if mask is None else mask.any(1)
-            loss = router.contrast(pooled, example_ids, settings.contrastive_temperature, present)
+            loss = self._contrast(router, ids, x, settings, call)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
         routing: Routing = router(ids)
         self._observe(routing, x, adapter_name)
@@ -221,6 +227,22 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
             return routing.gates, router.r  # An accelerator would have to be waited for.
         used = int(routing.indices.max())
         return routing.gates[:, :used], used
+
+    def _contrast(self, router: TaskRouter, ids: Tensor, x: Tensor, settings: AdapterSettings, call: Call) -> Tensor:
+        mask = call.token_mask(x)
+        if call.gathered is not None:
+            tokens, num_tokens, num_examples = call.gathered
+            example = tokens // (num_tokens // num_examples)
+            pooled, present = pool_gathered(x, example, tokens, num_examples, mask, settings.pooling)
+            ids = ids.new_zeros(num_examples).scatter(0, example, ids.expand(len(tokens)))
+            return router.contrast(pooled, ids, settings.contrastive_temperature, present)
+        example_ids = _one_id_an_example(ids, x)
+        examples = x.reshape(example_ids.shape[0], -1, self.in_features)
+        mask = None if mask is None else mask.view(examples.shape[:2])
+        pooled = pool_examples(examples, mask, settings.pooling)
+        return router.contrast(
+            pooled, example_ids, settings.contrastive_temperature, None if mask is None else mask.any(1)
+        )
 
     def _wants_routing(self, adapter_name: str) -> bool:
         # Beyond the choice itself: the probabilities, for the balancing loss or for whoever watches.
@@ -280,129 +302,6 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         self._loads[adapter_name].zero_()
         return load
 
-    def merge_delta(self, adapter_name: str) -> Tensor:
-        """Return the adapter's ΔW = s · B diag(g) A, (d_out, d_in), in float32 or better.
-
-        A task router takes the one task of the surrounding `use_task`.
-
-        Raises:
-            ValueError: A token router, whose update is no static matrix, or no single task was named.
-        """
-        A, B = self.rank_expert_A[adapter_name], self.rank_expert_B[adapter_name]
-        self._check_static(adapter_name)
-        router = self._router(adapter_name)
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        scaled = B.to(dtype) * self.scale(adapter_name)
-        if isinstance(router, TaskRouter):
-            scaled = scaled * router(self.merge_task_id(adapter_name)).gates.to(dtype)
-        return scaled @ A.to(dtype)
-
-    def _check_static(self, adapter_name: str) -> None:
-        if isinstance(self._router(adapter_name), TokenRouter):
-            raise ValueError(
-                f"{self.path}: adapter {adapter_name!r} routes by token, so its update differs from token to token and "
-                "has no exact static form. Either keep the router (save_rank_experts), or export the best static LoRA "
-                "for given data with export_lora(model, path, calibration=dataloader)."
-            )
-
-    def merge_task_id(self, adapter_name: str) -> Tensor:
-        """Return (1,) the id of the single task to merge: the only one, or that of the surrounding `use_task`."""
-        tasks = self.scope.tasks[adapter_name]
-        call = self.scope.current()
-        named = call.tasks if call is not None else None
-        if named is None and len(tasks) == 1:
-            named = tasks[0]
-        ids = (
-            None if named is None else task_ids_of_layer(self.scope, adapter_name, self._probe(adapter_name), self.path)
-        )
-        if ids is None or len(ids) != 1:
-            raise ValueError(
-                f"{self.path}: adapter {adapter_name!r} routes by task; a merged weight serves one. Name it: "
-                f"merge_rank_experts(model, task=...) with one of {list(tasks)}."
-            )
-        return ids
-
-    def _probe(self, adapter_name: str) -> Tensor:
-        return self.rank_expert_A[adapter_name][:1].detach()
-
-    def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Raise what `merge` would raise, and change nothing."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for name in names:
-            if name not in self.rank_expert_A:
-                continue
-            self._check_static(name)
-            check_readable(self.get_base_layer(), self.path)
-            if safe_merge:
-                self._merged_weight([name], safe_merge=True)
-            elif isinstance(self._router(name), TaskRouter):
-                self.merge_task_id(name)
-            if name in self.merged_tasks and int(self.merge_task_id(name)) != self.merged_tasks[name]:
-                raise ValueError(
-                    f"{self.path}: adapter {name!r} is merged for task "
-                    f"{self.scope.tasks[name][self.merged_tasks[name]]!r} already. Call unmerge_rank_experts(model) "
-                    "(PEFT: unmerge_adapter) before merging another."
-                )
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' updates to the base weight, keeping a copy of it, so that `unmerge` restores every bit.
-
-        Args:
-            safe_merge: Check that the result is finite before the base weight changes.
-            adapter_names: Which; None: the active ones.
-
-        Raises:
-            ValueError: See `merge_delta`; or the result is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rank_expert_A]
-        if not names:
-            return
-        merged = self._merged_weight(names, safe_merge)
-        with torch.no_grad():
-            if not self.merged:
-                self._weight_before_merge = keep_weight(self.get_base_layer())
-            write_weight(self.get_base_layer(), merged)
-            self.merged_adapters.extend(names)
-            for name in names:
-                if isinstance(self._router(name), TaskRouter):
-                    self.merged_tasks[name] = int(self.merge_task_id(name))
-
-    @torch.no_grad()
-    def _merged_weight(self, names: list[str], safe_merge: bool) -> Tensor:
-        delta: Any = sum(self.merge_delta(name) for name in names)
-        delta = delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
-        weight = read_weight(self.get_base_layer(), self.path)
-        merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"{self.path}: merging {names} gives non-finite weights; the base weight is unchanged.")
-        return merged
-
-    def unmerge(self) -> None:
-        """Put the base weight back, bit by bit."""
-        if self._weight_before_merge is not None:
-            restore_weight(self.get_base_layer(), self._weight_before_merge)
-        self._weight_before_merge = None
-        self.merged_adapters.clear()
-        self.merged_tasks.clear()
-
-    def _check_merged_task(self, call: Call | None) -> None:
-        if call is None or call.tasks is None or torch.compiler.is_compiling():
-            return
-        for adapter_name, merged in self.merged_tasks.items():
-            ids = call.task_ids(adapter_name, torch.device("cpu"))
-            if bool((ids != merged).any()):
-                names = self.scope.tasks[adapter_name]
-                other = names[int(ids[ids != merged][0])]
-                raise ValueError(
-                    f"{self.path}: merged for task {names[merged]!r} and called for {other!r}. "
-                    "Call unmerge_rank_experts(model) first, or merge for the other task."
-                )
-
-    def _router(self, adapter_name: str) -> TokenRouter | TaskRouter | None:
-        if adapter_name not in self.rank_expert_router:
-            return None
-        return cast(TokenRouter | TaskRouter, self.rank_expert_router[adapter_name])
-
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         for name, load in self._loads.items():
@@ -419,6 +318,18 @@ class RankExpertLinear(nn.Module, BaseTunerLayer):
         return self._router(adapter_name) is None
 
 
+_CONTAINERS = ("rank_expert_A", "rank_expert_B", "rank_expert_router", "rank_expert_dropout")
+
+
+def _held(container: Any, name: str) -> Any:
+    # What a ParameterDict or ModuleDict holds, from where nn.Module keeps it: their own look-up takes microseconds, of
+    # which decoding has few. None: nothing.
+    found = container._parameters.get(name)
+    if found is None:
+        found = container._modules.get(name)
+    return container[name] if found is None and name in container else found
+
+
 def _one_id_an_example(ids: Tensor, x: Tensor) -> Tensor:
     # (B,) for x (B, …, d_in) from ids that may be one for all, or one a token (from within a compiled graph).
     if x.dim() < 3 or ids.shape[0] == x.shape[0]:
@@ -426,52 +337,3 @@ def _one_id_an_example(ids: Tensor, x: Tensor) -> Tensor:
     if ids.shape[0] == 1:
         return ids.expand(x.shape[0])
     return ids.view(x.shape[0], -1)[:, 0] if ids.shape[0] > x.shape[0] else ids
-
-
-def in_out_features(module: nn.Module, path: str) -> tuple[int, int]:
-    """Return d_in and d_out of a layer that the library can adapt.
-
-    Args:
-        module: The base layer.
-        path: Its place in the model, for the message.
-
-    Raises:
-        TypeError: It is not a linear layer.
-
-    Example:
-        >>> in_out_features(nn.Linear(16, 8), "proj")
-        (16, 8)
-    """
-    if isinstance(module, Conv1D):
-        d_in, d_out = module.weight.shape
-        return int(d_in), int(d_out)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(module, nn.Linear) or (all(isinstance(size, int) for size in sizes) and _takes_one_input(module)):
-        return sizes  # type: ignore[return-value]
-    if stacked := stacked_experts(module):
-        raise TypeError(
-            f"{path} is a {type(module).__name__}, a mixture of experts with the 3-D parameters {stacked}: "
-            "rank experts adapt linear layers, not single parameters. Leave it out of target_modules and adapt the "
-            "attention's projections, or use peft's LoraConfig(target_parameters=[...]) for the experts."
-        )
-    raise TypeError(
-        f"{path} is a {type(module).__name__}: rank experts adapt nn.Linear, transformers' Conv1D, and layers of other "
-        "libraries that have in_features and out_features and are called with one input. Leave it out of "
-        "target_modules, or put it into exclude_modules."
-    )
-
-
-def stacked_experts(module: nn.Module) -> list[str]:
-    """Return the names of a module's own 3-D parameters: how transformers keeps a mixture's experts.
-
-    Example:
-        >>> stacked_experts(nn.Linear(2, 2))
-        []
-    """
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
-
-
-def _takes_one_input(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return len(required) <= 1

@@ -139,7 +139,9 @@ class RankExpertTrainerMixin(_Base):
         if not bypassed:
             return result
         num_items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        if self.model_accepts_loss_kwargs and num_items is not None and self.loss_is_scaled_for_ga is not False:
+        # An attribute of newer trainers.
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None) is not False
+        if self.model_accepts_loss_kwargs and num_items is not None and is_scaled:
             # The forwards of a step add up then, and each adds a mean.
             auxiliary = auxiliary / self.current_gradient_accumulation_steps
         if isinstance(result, tuple):
@@ -297,11 +299,12 @@ class RankExpertTrainerMixin(_Base):
 
 
 class RankExpertTrainer(RankExpertTrainerMixin, Trainer):
-    """`Trainer` for rank experts on several tasks. Takes what `Trainer` takes, and:
+    """`Trainer` for rank experts on several tasks.
+
+    Takes what `Trainer` takes. `train_dataset` may be a `TaskMixture`, or a dataset with a column "task_ids" (any
+    other is sampled as `Trainer` does), and `eval_dataset` a `TaskMixture`, or a dict of task name to dataset.
 
     Args:
-        train_dataset: A `TaskMixture`, or a dataset with a column "task_ids"; any other is sampled as `Trainer` does.
-        eval_dataset: A `TaskMixture`, or a dict of task name to dataset.
         metrics: Task name to a metric's name (`metrics.METRICS`), a function (predictions, labels) → score, or
             several. Then `eval_<task>_<metric>` and `eval_mean` are reported; `metric_for_best_model="mean"` works.
         sampling: The sampling law, "balanced" where left out; see `tasks.sampling_weights`.

@@ -1,6 +1,17 @@
 """The one operation of the library, base(x) + s · (g ⊙ (x Aᵀ)) Bᵀ, and its implementations."""
 
-from .dispatch import Adapted, rank_experts
+from . import node
+from .dispatch import Adapted, may_share, rank_experts, share
 from .reference import rank_experts_reference
+from .shared import Reader, Shared
 
-__all__ = ["Adapted", "rank_experts", "rank_experts_reference"]
+__all__ = [
+    "Adapted",
+    "Reader",
+    "Shared",
+    "may_share",
+    "node",
+    "rank_experts",
+    "rank_experts_reference",
+    "share",
+]

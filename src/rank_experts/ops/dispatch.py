@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -16,11 +15,21 @@ from transformers.pytorch_utils import Conv1D
 
 from ..routing import Routing, TokenRouter
 from . import gate as torch_gate
+from . import native
+from .announcement import announce
 from .fused import Base, given_gates, token_gated
 from .gate import GateSpec
 from .reference import rank_experts_reference
+from .shared import Reader, Shared, project
 
-logger = logging.getLogger("rank_experts.ops")
+# Up to this many tokens, layers that read the same input compute their products with it one by one.
+_SHARED_TOKENS = 32
+_PLAIN = {Tensor, nn.Parameter}
+_CHOICES = {
+    "gate": "fused function, gate in PyTorch",
+    "triton_kernels": "fused function, gate in Triton",
+    "native": "native CPU kernel",
+}
 
 
 class Adapted(NamedTuple):
@@ -48,12 +57,13 @@ def rank_experts(
     dropout: Callable[[Tensor], Tensor] | None = None,
     output: Tensor | None = None,
     want_routing: bool = False,
+    shared: Shared | None = None,
 ) -> Adapted:
     """Compute base(x) + s · (g ⊙ (dropout(x) Aᵀ)) Bᵀ by the fastest implementation that serves the case.
 
-    The plain reference is taken under `torch.compile`, export and functional transforms, for tensors that are not
-    plain ones, and where the whole routing is wanted; else the fused function, with Triton kernels where they run.
-    All select the same experts for the same logits.
+    The plain reference is taken for export and functional transforms, for tensors that are not plain ones, and where
+    the whole routing is wanted; else the fused function, with Triton kernels where they run; under `torch.compile` the
+    same as one node of the graph. All select the same experts for the same logits.
 
     Args:
         base_layer: The frozen layer.
@@ -65,6 +75,7 @@ def rank_experts(
         dropout: Applied to the x that A reads; None: nothing.
         output: (…, d_out) what the update is added to where the base layer was applied already.
         want_routing: Return the router's gates, choices and probabilities, differentiable.
+        shared: The layer's part of what `share` returned for x; neither with dropout nor with `want_routing`.
 
     Returns:
         Adapted: y in the base output's dtype.
@@ -82,8 +93,21 @@ def rank_experts(
         if not torch.compiler.is_compiling():
             announce(f"plain PyTorch, because {reason}")
         return _reference(base_layer, x, A, B, gate, scale, dropped, output)
+    if torch.compiler.is_compiling():
+        return _one_node(base_layer(x) if output is None else output, x, dropped, A, B, gate, scale, dtype)
     fresh = _is_plain(base_layer)
-    if output is None and fresh and _joins(base_layer, x, autocast):
+    if (
+        fresh
+        and output is None
+        and dropped is None
+        and not autocast
+        and not torch.is_grad_enabled()
+        and isinstance(gate, TokenRouter)
+        and (decoded := native.decode(base_layer, x, A, B, gate, scale)) is not None
+    ):
+        announce(_CHOICES["native"])
+        return Adapted(*decoded)
+    if output is None and fresh and torch.is_grad_enabled() and _joins(base_layer, x, autocast):
         base = Base(base_layer, isinstance(base_layer, Conv1D), True, dtype)
         tensor: Tensor = base_layer.weight  # type: ignore[assignment]
     else:
@@ -91,34 +115,76 @@ def rank_experts(
         base = Base(None, False, (fresh or output is not None) and _may_overwrite(tensor), dtype)
     if not isinstance(gate, TokenRouter):
         announce("fused PyTorch function")
-        return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base))
-    kernels = _kernels(x, A, gate, dtype)
-    announce("fused function, gate in PyTorch" if kernels is torch_gate else "fused function, gate in Triton")
+        projection = None if shared is None else shared.projection[:, : len(A)]
+        return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base, projection))
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
-    y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels)
+    kernels = gate_kernels(x, A, B, gate.weight, gate.top_k, dtype)
+    announce(_CHOICES[kernels.__name__.rpartition(".")[2]])
+    y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels, shared)
     return Adapted(y, indices)
 
 
-@functools.cache
-def announce(choice: str) -> None:
-    """Log a choice, the first time that it is made."""
-    logger.info("rank_experts computes adapted layers with: %s", choice)
+def may_share(x: Tensor, reader: Reader) -> bool:
+    """Say whether a layer's products with x (…, d_in) are worth computing together with other layers'.
+
+    Not for few tokens, where launches decide and grouping costs more than it saves; nor where the native kernel
+    multiplies only what a token chose.
+    """
+    matrices = [matrix for matrix in reader[:3] if isinstance(matrix, Tensor)]
+    if x.numel() <= _SHARED_TOKENS * x.shape[-1] or not {type(x), *map(type, matrices)} <= {Tensor, nn.Parameter}:
+        return False
+    # What another library has moved away or taken apart (offloading, sharding) is not ours to gather.
+    if any(matrix.device != x.device or matrix.is_meta or not matrix.numel() for matrix in matrices):
+        return False
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if torch._C._are_functorch_transforms_active() or (autocast and x.dtype == torch.float64):
+        return False
+    if reader.weight is None:
+        return True
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else reader.A.dtype
+    return gate_kernels(x, reader.A, reader.B, reader.weight, reader.top_k, dtype) is not native
+
+
+def share(x: Tensor, readers: list[Reader]) -> list[Shared] | None:
+    """Compute the products of x with the A and W_g of several layers together.
+
+    Args:
+        x: (…, d_in).
+        readers: The layers', each of which `may_share`.
+
+    Returns:
+        A share for each, or None where it takes two to share.
+    """
+    kinds = {reader.A.dtype for reader in readers}
+    if len(readers) < 2 or len(kinds) > 1:
+        return None
+    announce("one product for layers that read the same input")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else kinds.pop()
+    matrices = [(reader.A, dtype) for reader in readers]
+    for reader in readers:
+        if reader.weight is not None:
+            wide = torch.promote_types(torch.promote_types(x.dtype, reader.weight.dtype), torch.float32)
+            matrices.append((reader.weight, wide))
+    found = project(x, matrices, dtype)
+    logits = iter(found[len(readers) :])
+    return [Shared(z, None if reader.weight is None else next(logits)) for reader, z in zip(readers, found)]
 
 
 def _needs_reference(
     x: Tensor, A: Tensor, B: Tensor, gate: TokenRouter | Tensor | None, autocast: bool, want_routing: bool
 ) -> str:
     # Why only the reference serves, or an empty string.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "the layer is being traced"
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "the layer is being exported"
     if want_routing:
         return "the router's probabilities are wanted"
     weight = gate.weight if isinstance(gate, TokenRouter) else A
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, A, B, weight)):
+    if not {type(x), type(A), type(B), type(weight)} <= _PLAIN:
         return "a tensor is of a subclass"
     if torch._C._are_functorch_transforms_active():
         return "a functional transform is active"
-    if x.device.type == "meta":
+    if x.is_meta:
         return "the tensors hold no data"
     if autocast and x.dtype == torch.float64:
         return "autocast leaves float64 alone"
@@ -146,6 +212,25 @@ def _reference(
         gates = gates.repeat_interleave(source.shape[0] // gates.shape[0], 0)
     flat = rank_experts_reference(y.reshape(-1, y.shape[-1]), source, A, B, gates, scale)  # type: ignore[arg-type]
     return Adapted(flat.reshape(y.shape), None if routing is None else routing.indices, routing)
+
+
+def _one_node(
+    y: Tensor,
+    x: Tensor,
+    dropped: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate: TokenRouter | Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> Adapted:
+    # By name, as `node.py` has registered them: it runs what is decided here.
+    op = torch.ops.rank_experts
+    if not isinstance(gate, TokenRouter):
+        return Adapted(op.given_gates(y, x if dropped is None else dropped, A, B, gate, scale, dtype)[0])
+    constants = (gate.top_k, gate.score_function, gate.biased_gates, scale, dtype)
+    y, indices, *_ = op.token_gated(y, x, dropped, A, B, gate.weight, gate.balance_bias, *constants)
+    return Adapted(y, indices.long())
 
 
 def _is_plain(base_layer: nn.Module) -> bool:
@@ -181,8 +266,11 @@ def _may_overwrite(output: Tensor) -> bool:
     return not output._is_view() and not (output.is_leaf and output.requires_grad)
 
 
-def _kernels(x: Tensor, A: Tensor, gate: TokenRouter, dtype: torch.dtype) -> ModuleType:
-    if x.device.type == "cuda" and torch.float64 not in (x.dtype, gate.weight.dtype) and (found := triton_kernels()):
+def gate_kernels(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, top_k: int, dtype: torch.dtype) -> ModuleType:
+    """Return `ops.gate`, or the module that serves a token gate faster."""
+    if x.is_cpu and native.supports((x, A, B, weight), dtype, top_k, weight.shape[0]):
+        return native
+    if x.device.type == "cuda" and torch.float64 not in (x.dtype, weight.dtype) and (found := triton_kernels()):
         return found if found.supports(dtype, len(A)) else torch_gate
     return torch_gate
 

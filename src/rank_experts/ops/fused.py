@@ -12,34 +12,26 @@ for N / G tokens in turn.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import gate as torch_gate
 from .gate import Chosen, GateSpec
-
-# Below this many tokens two products cost less than putting A and W_g into one matrix.
-_FEW_TOKENS = 32
-
-
-class Base(NamedTuple):
-    """The frozen layer to whose output the update is added.
-
-    Attributes:
-        layer: Applied by the op, and its backward with it; None: `tensor` is its output already.
-        transposed: Its weight is (d_in, d_out), as in transformers' Conv1D.
-        in_place: The output may be overwritten.
-        dtype: What the adapter's two products are computed in.
-    """
-
-    layer: nn.Module | None
-    transposed: bool
-    in_place: bool
-    dtype: torch.dtype
+from .products import (
+    Base,
+    base_backward,
+    given_backward,
+    given_forward,
+    no_autocast,
+    output_gradient,
+    projection_backward,
+    token_backward,
+    token_forward,
+)
+from .second_order import differentiable, given_update, token_update
+from .shared import Shared
 
 
 def token_gated(
@@ -53,6 +45,7 @@ def token_gated(
     spec: GateSpec,
     base: Base,
     kernels: Any = torch_gate,
+    shared: Shared | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute base(x) + s · (g ⊙ (dropped Aᵀ)) Bᵀ with a token gate.
 
@@ -67,14 +60,15 @@ def token_gated(
         spec: The gate.
         base: The base layer.
         kernels: `ops.gate` or a module with the same functions.
+        shared: x's products with A and W_g, where several layers share them; not with dropout.
 
     Returns:
         y (…, d_out), and the chosen experts (N, k).
     """
     inputs = (x, dropped, tensor, A, B, weight)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return TokenGated.apply(*inputs, balance_bias, spec, base, kernels)
-    y, indices, _ = _token_forward(*inputs, balance_bias, spec, base, kernels, False)
+        return TokenGated.apply(*inputs, balance_bias, spec, base, kernels, *(shared or (None, None)))
+    y, indices, _ = token_forward(*inputs, balance_bias, spec, base, kernels, False, shared)
     return y, indices
 
 
@@ -87,171 +81,96 @@ def given_gates(
     gates: Tensor | None,
     scale: float,
     base: Base,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Compute base(x) + s · (g ⊙ (dropped Aᵀ)) Bᵀ with gates (G, r), or None where all are 1; else as `token_gated`."""
     inputs = (x, dropped, tensor, A, B, gates)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return GivenGates.apply(*inputs, scale, base)
-    return _given_forward(*inputs, scale, base)[0]
+        return GivenGates.apply(*inputs, scale, base, shared)
+    return given_forward(*inputs, scale, base, shared)[0]
 
 
 class TokenGated(torch.autograd.Function):
     """`token_gated` with its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels):
+    def forward(ctx: Any, x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels, projection, logits):
         """Compute y and the chosen experts, and save x and `Chosen`."""
-        y, indices, chosen = _token_forward(x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels, True)
+        shared = None if projection is None else (projection, logits)
+        y, indices, chosen = token_forward(
+            x, dropped, tensor, A, B, weight, balance_bias, spec, base, kernels, True, shared
+        )
         _save(
             ctx, base, tensor, y, x, dropped, A, B, weight, balance_bias.clone() if spec.biased_gates else None, *chosen
         )
-        ctx.spec, ctx.base, ctx.kernels = spec, base, kernels
+        ctx.spec, ctx.base, ctx.kernels, ctx.shared = spec, base, kernels, shared is not None
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return y, indices
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Any = None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, dropped, tensor, A, B and weight."""
+        """Return the gradients of x, dropped, tensor, A, B, weight, and of what is shared."""
         if dy is None:
-            return (None,) * 10
+            return (None,) * 12
         base_weight, x, dropped, A, B, weight, balance_bias, *saved = ctx.saved_tensors
         chosen, spec, base = Chosen(*saved), ctx.spec, ctx.base
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            update = _token_update(x, dropped, A, B, weight, balance_bias, chosen, spec, base)
-            return (*_differentiable(update, dy, base_weight, (x, dropped, A, B, weight), needed, base), *(None,) * 4)
-        with _no_autocast(x):
-            num_experts, num_ranks = weight.shape[0], A.shape[0]
-            flat = dy.reshape(-1, dy.shape[-1])
-            narrow, narrow_B = flat.to(base.dtype), B.to(base.dtype)
-            both, dB = ctx.kernels.backward(narrow, narrow_B, chosen, balance_bias, spec, num_experts)
-            dB = dB.to(B.dtype).t().contiguous() if needed[4] else None
-            dx = _base_backward(flat, base_weight, base) if needed[0] else None
-            if dropped is None:
-                dx = _accumulate(dx, both, torch.cat([A, weight]), x, base) if needed[0] else None
-                dA, dweight = _weight_gradients(both, x, A, weight, needed[3], needed[5], base)
-                return dx, None, _like(dy, base, needed), dA, dB, dweight, None, None, None, None
-            dp, dz = both[:, :num_ranks], both[:, num_ranks:]
-            dx = _accumulate(dx, dz, weight, x, base) if needed[0] else None
-            ddropped = _accumulate(None, dp, A, dropped, base) if needed[1] else None
-            dA = _product(dp, dropped, A, base) if needed[3] else None
-            dweight = _product(dz, x, weight, base) if needed[5] else None
-            return dx, ddropped, _like(dy, base, needed), dA, dB, dweight, None, None, None, None
+            update = token_update(x, dropped, A, B, weight, balance_bias, chosen, spec, base)
+            # All of the derivative here: what is shared is computed from x, A and W_g, and gets none.
+            return (*differentiable(update, dy, base_weight, (x, dropped, A, B, weight), needed, base), *(None,) * 6)
+        if ctx.shared:
+            with no_autocast(x):
+                dx = base_backward(dy, base_weight, base) if needed[0] else None
+                dx = None if dx is None else dx.view(x.shape)
+                narrow, narrow_B = dy.reshape(-1, dy.shape[-1]).to(base.dtype), B.to(base.dtype)
+                both, dB = ctx.kernels.backward(narrow, narrow_B, chosen, balance_bias, spec, len(weight))
+                dB = dB.to(B.dtype).t().contiguous() if needed[4] else None
+            dshared = both.split([len(A), len(weight)], 1)
+            return dx, None, output_gradient(dy, base, needed), None, dB, *(None,) * 5, *dshared
+        dx, ddropped, dA, dB, dweight = token_backward(
+            dy, base_weight, x, dropped, A, B, weight, balance_bias, chosen, spec, base, ctx.kernels, needed
+        )
+        return dx, ddropped, output_gradient(dy, base, needed), dA, dB, dweight, *(None,) * 6
 
 
 class GivenGates(torch.autograd.Function):
     """`given_gates` with its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x, dropped, tensor, A, B, gates, scale, base):
+    def forward(ctx: Any, x, dropped, tensor, A, B, gates, scale, base, shared):
         """Compute y, and save x and the projections (without gates: the scaled projections)."""
-        y, saved = _given_forward(x, dropped, tensor, A, B, gates, scale, base)
+        y, saved = given_forward(x, dropped, tensor, A, B, gates, scale, base, shared)
         _save(ctx, base, tensor, y, x if dropped is None else None, dropped, A, B, gates, saved)
-        ctx.scale, ctx.base, ctx.shape, ctx.dtype = scale, base, x.shape, x.dtype
+        ctx.scale, ctx.base, ctx.shape, ctx.shared = scale, base, x.shape, shared is not None
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, dropped, tensor, A, B and gates."""
+        """Return the gradients of x, dropped, tensor, A, B, gates, and of what is shared."""
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         base_weight, x, dropped, A, B, gates, projection = ctx.saved_tensors
         base, scale, needed = ctx.base, ctx.scale, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            update = _given_update(x, dropped, A, B, gates, scale, base)
+            update = given_update(x, dropped, A, B, gates, scale, base)
             inputs = (x, dropped, A, B, gates)
-            dx, *rest = _differentiable(update, dy, base_weight, inputs, needed, base)
-            return (dx, *rest, None, None)
-        source = x if dropped is None else dropped
-        with _no_autocast(source):
-            flat = dy.reshape(-1, dy.shape[-1])
-            narrow = flat.to(base.dtype)
-            u = projection if gates is None else projection * _rows(gates * scale, projection)
-            dB = (u.t() @ narrow).to(B.dtype).t().contiguous() if needed[4] else None
-            dp = narrow @ B.to(base.dtype)
-            dgates = None
-            if gates is None:
-                dp.mul_(scale)
-            else:
-                if needed[5]:
-                    rows = len(dp) // max(len(gates), 1)  # −1 would be ambiguous without tokens.
-                    by_gate = (dp.to(gates.dtype) * projection.to(gates.dtype)).unflatten(0, (len(gates), rows))
-                    dgates = by_gate.sum(1) * scale
-                dp = dp.mul_(_rows(gates * scale, dp))
-            dx = _base_backward(flat, base_weight, base) if needed[0] else None
-            ddropped = None
-            if dropped is not None:
-                dx = dx.view(ctx.shape) if dx is not None else None
-                ddropped = _accumulate(None, dp, A, dropped, base) if needed[1] else None
-            elif needed[0]:
-                dx = _accumulate(dx, dp, A, source, base)
-            dA = _product(dp, source, A, base) if needed[3] else None
-            return dx, ddropped, _like(dy, base, needed), dA, dB, dgates, None, None
-
-
-def _token_forward(
-    x: Tensor,
-    dropped: Tensor | None,
-    tensor: Tensor,
-    A: Tensor,
-    B: Tensor,
-    weight: Tensor,
-    balance_bias: Tensor,
-    spec: GateSpec,
-    base: Base,
-    kernels: Any,
-    keep: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    y = tensor if base.layer is None else base.layer(x)
-    with _no_autocast(x):
-        flat = x.reshape(-1, x.shape[-1])
-        dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        if dropped is None and dtype == base.dtype and len(flat) > _FEW_TOKENS:
-            both = flat.to(dtype) @ torch.cat([A.to(dtype), weight.to(dtype)]).t()
-            projection, logits = both.split([len(A), len(weight)], 1)
-        else:
-            source = flat if dropped is None else dropped.reshape(flat.shape)
-            projection = source.to(base.dtype) @ A.to(base.dtype).t()
-            logits = flat.to(dtype) @ weight.to(dtype).t()
-        if not keep and len(flat) <= kernels.DECODE_TOKENS and base.in_place and y.is_contiguous():
-            return y, kernels.decode(y.view(-1, len(B)), logits, projection, balance_bias, B, spec), ()
-        u, indices, chosen = kernels.forward(logits, projection, balance_bias, spec)
-        return _add(y, u, B, base), indices, chosen
-
-
-def _given_forward(
-    x: Tensor,
-    dropped: Tensor | None,
-    tensor: Tensor,
-    A: Tensor,
-    B: Tensor,
-    gates: Tensor | None,
-    scale: float,
-    base: Base,
-) -> tuple[Tensor, Tensor]:
-    y = tensor if base.layer is None else base.layer(x)
-    with _no_autocast(x):
-        source = x if dropped is None else dropped
-        projection = source.reshape(-1, x.shape[-1]).to(base.dtype) @ A.to(base.dtype).t()
-        u = projection.mul_(scale) if gates is None else projection * _rows(gates * scale, projection)
-        return _add(y, u, B, base), projection
-
-
-def _add(y: Tensor, u: Tensor, B: Tensor, base: Base) -> Tensor:
-    # y + u Bᵀ, in place where that is allowed, and no narrower than either on the way.
-    flat = y.reshape(-1, y.shape[-1])
-    in_place = base.in_place and y.is_contiguous()
-    B = B.to(u.dtype)
-    if y.dtype == u.dtype:
-        if in_place:
-            flat.addmm_(u, B.t())
-            return y
-        return torch.addmm(flat, u, B.t()).view(y.shape)
-    if torch.promote_types(y.dtype, u.dtype) == u.dtype:
-        return flat.to(u.dtype).addmm_(u, B.t()).to(y.dtype).view(y.shape)
-    return (flat + u @ B.t()).to(y.dtype).view(y.shape)
+            dx, *rest = differentiable(update, dy, base_weight, inputs, needed, base)
+            return (dx, *rest, None, None, None)
+        if ctx.shared:
+            with no_autocast(x):
+                dx = base_backward(dy, base_weight, base) if needed[0] else None
+                dp, dB, dgates = projection_backward(dy, B, gates, projection, scale, base, needed)
+            dx = None if dx is None else dx.view(ctx.shape)
+            return dx, None, output_gradient(dy, base, needed), None, dB, dgates, None, None, dp
+        dx, ddropped, dA, dB, dgates = given_backward(
+            dy, base_weight, x, dropped, A, B, gates, projection, scale, base, needed
+        )
+        if dx is not None:
+            dx = dx.view(ctx.shape)
+        return dx, ddropped, output_gradient(dy, base, needed), dA, dB, dgates, None, None, None
 
 
 def _save(ctx: Any, base: Base, tensor: Tensor, y: Tensor, *tensors: Tensor | None) -> None:
@@ -259,110 +178,3 @@ def _save(ctx: Any, base: Base, tensor: Tensor, y: Tensor, *tensors: Tensor | No
     ctx.save_for_backward(None if base.layer is None else tensor, *tensors)
     if y is tensor:
         ctx.mark_dirty(y)
-
-
-def _base_backward(dy: Tensor, base_weight: Tensor | None, base: Base) -> Tensor | None:
-    if base_weight is None:
-        return None
-    return dy @ (base_weight.t() if base.transposed else base_weight)
-
-
-def _accumulate(dx: Tensor | None, gradient: Tensor, weight: Tensor, x: Tensor, base: Base) -> Tensor:
-    # dx + gradient · weight in x's shape and dtype; dx is ours to overwrite.
-    weight = weight.to(base.dtype)
-    if dx is None:
-        dx = (gradient @ weight).to(x.dtype)
-    elif dx.dtype == gradient.dtype:
-        dx.addmm_(gradient, weight)
-    else:
-        dx = dx.add_(gradient @ weight)
-    return dx.view(x.shape)
-
-
-def _weight_gradients(
-    both: Tensor, x: Tensor, A: Tensor, weight: Tensor, needs_A: bool, needs_weight: bool, base: Base
-) -> tuple[Tensor | None, Tensor | None]:
-    num_ranks = A.shape[0]
-    if needs_A and needs_weight and A.dtype == weight.dtype:
-        return _product(both, x, A, base).split([num_ranks, len(weight)])
-    dA = _product(both[:, :num_ranks], x, A, base) if needs_A else None
-    return dA, _product(both[:, num_ranks:], x, weight, base) if needs_weight else None
-
-
-def _product(gradient: Tensor, x: Tensor, parameter: Tensor, base: Base) -> Tensor:
-    return (gradient.t() @ x.reshape(-1, x.shape[-1]).to(base.dtype)).to(parameter.dtype)
-
-
-def _rows(gates: Tensor, projection: Tensor) -> Tensor:
-    # (G, r) → (1 or N, r): a row for every token, in the projections' dtype.
-    gates = gates.to(projection.dtype)
-    return gates if len(gates) in (1, len(projection)) else gates.repeat_interleave(len(projection) // len(gates), 0)
-
-
-def _like(dy: Tensor, base: Base, needed: tuple[bool, ...]) -> Tensor | None:
-    return dy if base.layer is None and needed[2] else None
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    # Entering torch.autocast costs as much as a product of a few tokens.
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _token_update(
-    x: Tensor,
-    dropped: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    weight: Tensor,
-    balance_bias: Tensor | None,
-    chosen: Chosen,
-    spec: GateSpec,
-    base: Base,
-) -> Tensor:
-    # The plain formula, differentiable any number of times, with the choice that forward made.
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    indices = chosen.indices.long()
-    with _no_autocast(x):
-        logits = F.linear(x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)).gather(1, indices)
-        if spec.score_function == "sigmoid":
-            values = logits.sigmoid() if spec.biased_gates else F.logsigmoid(logits)
-        else:
-            values = logits
-        if balance_bias is not None:
-            values = values + balance_bias[indices]
-        weights = torch_gate.gate_weights(values, spec) * (spec.top_k * spec.scale)
-        gates = torch.zeros(len(weights), len(weight), dtype=dtype, device=x.device).scatter(1, indices, weights)
-    return _given_update(x, dropped, A, B, gates.repeat_interleave(len(A) // len(weight), 1), 1.0, base)
-
-
-def _given_update(
-    x: Tensor | None, dropped: Tensor | None, A: Tensor, B: Tensor, gates: Tensor | None, scale: float, base: Base
-) -> Tensor:
-    source = x if dropped is None else dropped
-    assert source is not None
-    with _no_autocast(source):
-        u = F.linear(source.reshape(-1, source.shape[-1]).to(base.dtype), A.to(base.dtype))
-        u = u * scale if gates is None else u * _rows(gates * scale, u)
-        return F.linear(u, B.to(base.dtype))
-
-
-def _differentiable(
-    update: Tensor,
-    dy: Tensor,
-    base_weight: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-    base: Base,
-) -> tuple[Tensor | None, ...]:
-    # Gradients of x, dropped, tensor, A, B and the last input, with a graph of their own.
-    x, dropped, *rest = inputs
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    flat = dy.reshape(-1, dy.shape[-1])
-    found = iter(torch.autograd.grad(update, wanted, flat.to(update.dtype), create_graph=True, allow_unused=True))
-    gradients = [next(found) if t is not None and t.requires_grad else None for t in (x, dropped, *rest)]
-    if needed[0] and base_weight is not None:
-        through_base = flat @ (base_weight.t() if base.transposed else base_weight)
-        through_base = through_base.view((*dy.shape[:-1], through_base.shape[-1]))
-        gradients[0] = through_base if gradients[0] is None else gradients[0] + through_base
-    return gradients[0], gradients[1], _like(dy, base, needed), *gradients[2:]

@@ -1,0 +1,161 @@
+"""The goals that the library set itself, each beside what was measured: met, or missed by how much.
+
+Overheads are relative to PEFT LoRA's of the same rank, see docs/performance.md. A goal over several sizes is judged by
+the worst of them, which is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+Results = dict[str, dict[str, Any]]
+Found = Iterator[tuple[str, float]]
+
+
+class Goal(NamedTuple):
+    """A goal.
+
+    Attributes:
+        text: What is asked.
+        limit: The bound.
+        of: Reads (where, value) from the results by name.
+        at_least: The bound is a lower one.
+    """
+
+    text: str
+    limit: float
+    of: Callable[[Results], Found]
+    at_least: bool = False
+
+
+def _rows(results: Results, name: str) -> list[dict[str, Any]]:
+    return results[name]["rows"] if name in results else []
+
+
+def _sizes(results: Results, dtype: str, low: int = 0, high: int = 2**30) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Of one layer, from 512 tokens on and widths from low to high.
+    for row in _rows(results, "layer"):
+        if row["tokens"] >= 512 and row["dtype"] == dtype and low <= row["width"] <= high:
+            yield f"{row['tokens']} tokens, d = {row['width']}, {dtype}", row
+
+
+def overhead(kind: str, dtypes: tuple[str, ...] = ("float32",), low: int = 0, high: int = 2**30) -> Callable:
+    """Read a kind's overhead."""
+    return lambda results: (
+        (where, row["overhead"][kind])
+        for dtype in dtypes
+        for where, row in _sizes(results, dtype, low, high)
+        if kind in row["overhead"]
+    )
+
+
+def memory(key: str, kind: str, against: str, dtype: str = "float32") -> Callable[[Results], Found]:
+    """Read a kind's bytes as a share of another's."""
+    return lambda results: (
+        (where, row[key][kind] / row[key][against])
+        for where, row in _sizes(results, dtype)
+        if kind in row[key] and against in row[key]
+    )
+
+
+def faster(kind: str) -> Callable[[Results], Found]:
+    """Read the published algorithm's overhead as a multiple of a kind's."""
+    return lambda results: (
+        (where, row["overhead"]["published"] / row["overhead"][kind])
+        for dtype in BOTH
+        for where, row in _sizes(results, dtype)
+        if "published" in row["overhead"] and kind in row["overhead"]
+    )
+
+
+def times(name: str, kind: str, against: str, **wanted: Any) -> Callable[[Results], Found]:
+    """Read a kind's time as a share of another's."""
+
+    def found(results: Results) -> Found:
+        for row in _rows(results, name):
+            if all(row.get(key) == value for key, value in wanted.items()) and kind in row["times"]:
+                described = ", ".join(f"{row[key]} {key}" for key in ("layers", "batch", "tokens") if key in row)
+                yield described, row["times"][kind]["median_ms"] / row["times"][against]["median_ms"]
+
+    return found
+
+
+def decoding(kind: str) -> Callable[[Results], Found]:
+    """Read a kind's tokens a second as a share of PEFT LoRA's."""
+    return lambda results: (
+        (f"batch {row['batch']}", row["tokens_per_second"][kind] / row["tokens_per_second"]["lora64"])
+        for row in _rows(results, "decode")
+        if kind in row["tokens_per_second"]
+    )
+
+
+def importing(results: Results) -> Found:
+    """Read how much longer importing takes than importing peft."""
+    for row in _rows(results, "loading"):
+        if row["of"] == "import":
+            yield "seconds", row["seconds"]["rank_experts"] / row["seconds"]["peft"]
+
+
+def nowhere(results: Results) -> Found:
+    """Read nothing: no machine to measure it on."""
+    return iter(())
+
+
+BOTH = ("float32", "bfloat16")
+GOALS = [
+    Goal("CPU float32, 512 tokens and more, d ≥ 2,048, PyTorch: overhead", 0.85, overhead("smora", low=2048)),
+    Goal("the same with the native kernel", 0.85, overhead("smora native", low=2048)),
+    Goal("CPU float32, 512 tokens and more, d = 768, PyTorch: overhead", 1.0, overhead("smora", high=768)),
+    Goal("the same with the native kernel", 1.0, overhead("smora native", high=768)),
+    Goal("CPU bfloat16, 512 tokens and more, PyTorch: overhead", 1.0, overhead("smora", ("bfloat16",))),
+    Goal("the same with the native kernel", 1.0, overhead("smora native", ("bfloat16",))),
+    Goal("CPU decoding, PyTorch: tokens a second, over LoRA's", 1.0, decoding("smora"), at_least=True),
+    Goal("the same with the native kernel", 1.0, decoding("smora native"), at_least=True),
+    Goal("GPU training, 8,192 tokens, d = 4,096, bfloat16: overhead", 0.6, nowhere),
+    Goal("the same with shared inputs", 0.4, nowhere),
+    Goal("GPU decoding in a CUDA graph: overhead", 0.5, nowhere),
+    Goal("saved for backward beyond x, float32, over LoRA's", 0.28, memory("saved_bytes", "smora", "lora64")),
+    Goal("the same in bfloat16", 0.28, memory("saved_bytes", "smora", "lora64", "bfloat16")),
+    Goal("peak memory of a layer's step, float32, over LoRA's", 0.70, memory("peak_bytes", "smora", "lora64")),
+    Goal("published algorithm's overhead over ours, PyTorch", 10, faster("smora"), at_least=True),
+    Goal("the same with the native kernel", 10, faster("smora native"), at_least=True),
+    Goal(
+        "what the published algorithm saves over what we save",
+        500,
+        memory("saved_bytes", "published", "smora"),
+        at_least=True,
+    ),
+    Goal("task gate, mixed tasks: overhead over LoRA r = 8's", 0.7, overhead("more8 mixed", BOTH)),
+    Goal("task gate, one task in the batch: overhead over LoRA r = 8's", 0.6, overhead("more8 one task", BOTH)),
+    Goal(
+        "training step, Llama-shaped, float32, PyTorch: time over LoRA's",
+        1.0,
+        times("training_step", "smora", "lora64", shape="llama"),
+    ),
+    Goal("the same with the native kernel", 1.0, times("training_step", "smora native", "lora64", shape="llama")),
+    Goal(
+        "adapting a 7-billion-parameter model: time over LoRA's",
+        1.0,
+        times("loading", "smora", "lora64", of="adapting"),
+    ),
+    Goal("loading onto it: time over LoRA's", 1.0, times("loading", "smora", "lora64", of="loading")),
+    Goal("importing, over importing peft", 1.05, importing),
+]
+
+
+def verdicts(results: Results) -> list[list[str]]:
+    """Judge every goal: [what, goal, measured, verdict] for each."""
+    lines = []
+    for goal in GOALS:
+        found = list(goal.of(results))
+        bound = f"{'≥' if goal.at_least else '≤'} {goal.limit:g}"
+        if not found:
+            lines.append([goal.text, bound, "not measured", ""])
+            continue
+        where, worst = (min if goal.at_least else max)(found, key=lambda each: each[1])
+        missed = goal.limit - worst if goal.at_least else worst - goal.limit
+        best = (max if goal.at_least else min)(value for _, value in found)
+        measured = f"{worst:.3g} ({where})" + (f"; best {best:.3g}" if len(found) > 1 else "")
+        lines.append([goal.text, bound, measured, "met" if missed <= 0 else f"missed by {missed:.2g}"])
+    return lines

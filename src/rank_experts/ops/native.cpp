@@ -1,0 +1,703 @@
+// The token gate's op on a CPU, multiplying only the chosen ranks.
+//
+// What `gate.py` and `fused.py` do with dense products over all r ranks, this does over the k chosen ones: forward is
+// select → x·Aᵀ at the chosen rows → gates → y += u·Bᵀ; backward is dy·B and dB in one pass over dy, the gate's
+// derivative, and dx, dA, dW_g in one pass over x. The router's x·W_gᵀ, which needs all experts, stays a matrix product
+// of the caller's. Whatever the dtype of the tensors, the arithmetic is float32.
+//
+// A matrix M (A, W_g or Bᵀ, rows of d numbers) is packed into tiles of COLUMNS numbers of all rows, so that a tile
+// stays in the first-level cache while all tokens pass by. Threads share the tokens where tokens are written, and the
+// tiles where matrices are; the order of every sum depends on the number of threads alone.
+//
+// A plain C interface, so that compiling needs no headers of PyTorch's. `ops/native.py` calls it.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 8;  // of 32 registers, 8 hold a token's tile and 8 its gradient's
+#elif defined(__AVX__)
+constexpr int LANES = 8, VECTORS = 4;
+#else
+constexpr int LANES = 4, VECTORS = 8;
+#endif
+constexpr int COLUMNS = LANES * VECTORS;
+constexpr int AHEAD = 4;  // tokens to prefetch
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline Floats load(const float *p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float *p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+inline Floats load(const bfloat16 *p) {
+    Halves half;
+    std::memcpy(&half, p, sizeof half);
+    Words words = __builtin_convertvector(half, Words) << 16;
+    return (Floats)words;
+}
+
+inline void store(bfloat16 *p, Floats v) {
+    Words words = (Words)v;
+    Words rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;  // to nearest, ties to even
+    Words nan = (Words)(v != v);
+    rounded = (nan & 0x7FC0) | (~nan & rounded);
+    Halves half = __builtin_convertvector(rounded, Halves);
+    std::memcpy(p, &half, sizeof half);
+}
+
+inline float widen(float value) { return value; }
+
+inline float widen(bfloat16 value) {
+    uint32_t word = uint32_t(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &word, sizeof wide);
+    return wide;
+}
+
+inline void add(float *p, float value) { *p += value; }
+
+inline void add(bfloat16 *p, float value) {
+    value += widen(*p);
+    uint32_t word;
+    std::memcpy(&word, &value, sizeof word);
+    p->bits = value != value ? 0x7FC0 : uint16_t((word + 0x7FFF + (word >> 16 & 1)) >> 16);
+}
+
+inline float sum(Floats v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+#endif
+}
+
+// One tile of one token, in registers. The last tile of a row may be narrower than COLUMNS.
+template <class T>
+struct Tile {
+    Floats v[VECTORS];
+
+    void read(const T *p, int width) {
+        if (width == COLUMNS) {
+            for (int i = 0; i < VECTORS; i++) v[i] = load(p + i * LANES);
+            return;
+        }
+        T padded[COLUMNS];
+        std::memset(padded, 0, sizeof padded);
+        std::memcpy(padded, p, width * sizeof(T));
+        for (int i = 0; i < VECTORS; i++) v[i] = load(padded + i * LANES);
+    }
+
+    void write(T *p, int width) const {
+        if (width == COLUMNS) {
+            for (int i = 0; i < VECTORS; i++) store(p + i * LANES, v[i]);
+            return;
+        }
+        T padded[COLUMNS];
+        for (int i = 0; i < VECTORS; i++) store(padded + i * LANES, v[i]);
+        std::memcpy(p, padded, width * sizeof(T));
+    }
+};
+
+template <class T>
+inline void prefetch(const T *p) {
+    for (unsigned i = 0; i < COLUMNS * sizeof(T); i += 64) __builtin_prefetch((const char *)p + i);
+}
+
+inline int64_t num_tiles(int64_t d) { return (d + COLUMNS - 1) / COLUMNS; }
+
+inline int width_of(int64_t tile, int64_t d) {
+    int64_t left = d - tile * COLUMNS;
+    return int(left < COLUMNS ? left : COLUMNS);
+}
+
+// A contiguous tensor of either type.
+struct Tensor {
+    void *data;
+    bool narrow;
+
+    // Calls f with the data in its own type.
+    template <class F>
+    void typed(F f) const {
+        narrow ? f((bfloat16 *)data) : f((float *)data);
+    }
+};
+
+// Tile number t of a matrix (rows, d).
+void pack(const Tensor &matrix, int64_t rows, int64_t d, int64_t t, float *tile) {
+    const int width = width_of(t, d);
+    matrix.typed([&](auto *data) {
+        for (int64_t row = 0; row < rows; row++) {
+            const auto *from = data + row * d + t * COLUMNS;
+            float *to = tile + row * COLUMNS;
+            for (int c = 0; c < width; c++) to[c] = widen(from[c]);
+            for (int c = width; c < COLUMNS; c++) to[c] = 0;
+        }
+    });
+}
+
+// Tile number t of the transpose of a matrix (d, rows).
+void pack_transposed(const Tensor &matrix, int64_t rows, int64_t d, int64_t t, float *tile) {
+    const int width = width_of(t, d);
+    matrix.typed([&](auto *data) {
+        const auto *from = data + t * COLUMNS * rows;
+        // By blocks of LANES rows, whose numbers in one column are neighbours in memory.
+        for (int64_t start = 0; start < rows; start += LANES) {
+            const int count = int(rows - start < LANES ? rows - start : LANES);
+            for (int c = 0; c < width; c++)
+                for (int i = 0; i < count; i++) tile[(start + i) * COLUMNS + c] = widen(from[c * rows + start + i]);
+            for (int i = 0; i < count; i++)
+                for (int c = width; c < COLUMNS; c++) tile[(start + i) * COLUMNS + c] = 0;
+        }
+    });
+}
+
+// out[n, j] += src[n, :] · tile[rows[n, j], :]
+template <class T>
+void dots(const T *src, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int m,
+          const float *tile, float *out) {
+    for (int64_t n = first; n < last; n++) {
+        Tile<T> x;
+        x.read(src + n * d, width);
+        if (n + AHEAD < last) prefetch(src + (n + AHEAD) * d);
+        for (int j = 0; j < m; j++) {
+            const float *row = tile + int64_t(rows[n * m + j]) * COLUMNS;
+            Floats total = x.v[0] * load(row);
+            for (int i = 1; i < VECTORS; i++) total += x.v[i] * load(row + i * LANES);
+            out[n * m + j] += sum(total);
+        }
+    }
+}
+
+// dst[n, :] += Σ_j coefficients[n, j] · tile[rows[n, j], :]
+template <class T>
+void axpys(T *dst, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int m,
+           const float *coefficients, const float *tile) {
+    for (int64_t n = first; n < last; n++) {
+        Tile<T> y;
+        y.read(dst + n * d, width);
+        if (n + AHEAD < last) prefetch(dst + (n + AHEAD) * d);
+        for (int j = 0; j < m; j++) {
+            const float *row = tile + int64_t(rows[n * m + j]) * COLUMNS;
+            float c = coefficients[n * m + j];
+            for (int i = 0; i < VECTORS; i++) y.v[i] += c * load(row + i * LANES);
+        }
+        y.write(dst + n * d, width);
+    }
+}
+
+// gradient[rows[n, j], :] += coefficients[n, j] · src[n, :], and with it dots or axpys of the same rows.
+template <class T, bool DOTS, bool AXPYS>
+void outers(const T *src, T *dst, bool fresh, int64_t d, int width, int64_t num_tokens, const int32_t *rows,
+            int rows_stride, int m, const float *coefficients, const float *tile, float *gradient, float *out) {
+    for (int64_t n = 0; n < num_tokens; n++) {
+        Tile<T> x, y;
+        x.read(src + n * d, width);
+        if (n + AHEAD < num_tokens) prefetch(src + (n + AHEAD) * d);
+        if (AXPYS) {
+            if (fresh)
+                for (int i = 0; i < VECTORS; i++) y.v[i] = Floats{};
+            else
+                y.read(dst + n * d, width);
+            if (n + AHEAD < num_tokens) prefetch(dst + (n + AHEAD) * d);
+        }
+        for (int j = 0; j < m; j++) {
+            int64_t place = int64_t(rows[n * rows_stride + j]) * COLUMNS;
+            float c = coefficients[n * m + j];
+            if (DOTS) {
+                Floats total = x.v[0] * load(tile + place);
+                for (int i = 1; i < VECTORS; i++) total += x.v[i] * load(tile + place + i * LANES);
+                out[n * m + j] += sum(total);
+            }
+            if (AXPYS)
+                for (int i = 0; i < VECTORS; i++) y.v[i] += c * load(tile + place + i * LANES);
+            if (gradient)
+                for (int i = 0; i < VECTORS; i++) {
+                    float *p = gradient + place + i * LANES;
+                    store(p, load(p) + c * x.v[i]);
+                }
+        }
+        if (AXPYS) y.write(dst + n * d, width);
+    }
+}
+
+// Keys as int64 that order as (key, −expert) do; a NaN of either sign is the largest, −0 is 0.
+inline int64_t packed_key(float key, int64_t expert) {
+    if (key != key) return (int64_t(0x7FC00000) << 32) | (0x7FFFFFFF - expert);
+    key += 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &key, sizeof bits);
+    bits ^= (bits >> 31) & 0x7FFFFFFF;  // two's complement orders negative floats backwards: flip all but the sign
+    return int64_t((uint64_t(uint32_t(bits)) << 32) | uint64_t(0x7FFFFFFF - expert));
+}
+
+struct Gate {
+    int64_t num_experts, top_k, sigmoid, biased;
+    float factor;  // k · s
+
+    bool divides() const { return sigmoid && biased; }
+
+    // Weights that add up to 1, from values; see `gate.gate_weights`.
+    void weigh(const float *values, float *weights) const {
+        int k = int(top_k);
+        float total = 0;
+        if (divides()) {
+            for (int j = 0; j < k; j++) total += values[j];
+            for (int j = 0; j < k; j++) weights[j] = values[j] / total;
+            return;
+        }
+        float top = values[0];
+        for (int j = 1; j < k; j++) top = values[j] > top ? values[j] : top;
+        for (int j = 0; j < k; j++) total += weights[j] = std::exp(values[j] - top);
+        for (int j = 0; j < k; j++) weights[j] /= total;
+    }
+
+    float value(float z, float bias) const {
+        if (!sigmoid) return biased ? z + bias : z;
+        if (biased) return 1.0f / (1.0f + std::exp(-z)) + bias;
+        return (z > 0 ? 0.0f : z) - std::log1p(std::exp(-std::fabs(z)));
+    }
+
+    void select(const float *keys, int64_t *scratch, int64_t *chosen) const {
+        int64_t experts = num_experts;
+        for (int64_t e = 0; e < experts; e++) scratch[e] = packed_key(keys[e], e);
+        for (int64_t j = 0; j < top_k; j++) {
+            int64_t best = scratch[0];
+#pragma omp simd reduction(max : best)
+            for (int64_t e = 0; e < experts; e++) best = scratch[e] > best ? scratch[e] : best;
+            int64_t expert = 0x7FFFFFFF - (best & 0x7FFFFFFF);
+            chosen[j] = expert;
+            scratch[expert] = INT64_MIN;
+        }
+    }
+};
+
+inline int thread() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+inline void split(int64_t count, int part, int parts, int64_t &first, int64_t &last) {
+    first = count * part / parts;
+    last = count * (part + 1) / parts;
+}
+
+// What backward does with one input of the adapter: its gradient, and those of the one or two matrices that it met.
+struct Side {
+    Tensor src, dst;  // (N, d), of one type; dst.data null: no gradient
+    int64_t d;
+    int num_matrices;
+    Tensor matrices[2];  // (rows, d)
+    int64_t rows[2];
+    float *gradients[2];  // null: none
+};
+
+void backward_of_side(const Side &side, bool fresh, int64_t num_tokens, int self, int threads, const int32_t *rows,
+                      int m, const float *coefficients, float *tile) {
+    const int64_t num_rows = side.rows[0] + (side.num_matrices > 1 ? side.rows[1] : 0);
+    float *gradient = side.gradients[0] || side.gradients[1] ? tile + num_rows * COLUMNS : nullptr;
+    if (!gradient && !side.dst.data) return;
+    for (int64_t t = self; t < num_tiles(side.d); t += threads) {
+        const int64_t start = t * COLUMNS;
+        const int width = width_of(t, side.d);
+        float *to = tile;
+        for (int i = 0; side.dst.data && i < side.num_matrices; to += side.rows[i++] * COLUMNS)
+            pack(side.matrices[i], side.rows[i], side.d, t, to);
+        if (gradient) std::memset(gradient, 0, num_rows * COLUMNS * sizeof(float));
+        side.src.typed([&](auto *src) {
+            using T = std::remove_pointer_t<decltype(src)>;
+            T *dst = (T *)side.dst.data;
+            if (dst)
+                outers<T, false, true>(src + start, dst + start, fresh, side.d, width, num_tokens, rows, m, m,
+                                       coefficients, tile, gradient, nullptr);
+            else
+                outers<T, false, false>(src + start, nullptr, false, side.d, width, num_tokens, rows, m, m,
+                                        coefficients, tile, gradient, nullptr);
+        });
+        const float *from = gradient;
+        for (int i = 0; gradient && i < side.num_matrices; i++)
+            for (int64_t row = 0; row < side.rows[i]; row++, from += COLUMNS)
+                if (side.gradients[i])
+                    std::memcpy(side.gradients[i] + row * side.d + start, from, width * sizeof(float));
+    }
+}
+
+// What is the same for all calls. flags: 1 sigmoid, 2 biased, 4 the saved indices are bytes; bfloat16: 8 x, 16 the
+// dropped x, 32 y and dy, 64 A, 128 B, 256 W_g.
+struct Call {
+    int64_t num_tokens, d_in, d_out, num_ranks, num_experts, top_k, flags, threads;
+    double factor;  // k · s
+
+    int rho() const { return int(num_ranks / num_experts); }
+    Gate gate() const { return Gate{num_experts, top_k, flags & 1, flags & 2, float(factor)}; }
+    Tensor tensor(const void *data, int64_t flag) const { return Tensor{(void *)data, (flags & flag) != 0}; }
+};
+
+#define CALL                                                                                                   \
+    int64_t num_tokens, int64_t d_in, int64_t d_out, int64_t num_ranks, int64_t num_experts, int64_t top_k,    \
+        int64_t flags, int64_t threads, double factor
+#define CALLED {num_tokens, d_in, d_out, num_ranks, num_experts, top_k, flags, threads, factor}
+
+// The sum of each of LANES vectors.
+inline Floats sums(const Floats *v) {
+    Floats found;
+#ifdef __AVX512F__
+    __m512 pairs[8], fours[4];
+    for (int i = 0; i < 8; i++) {
+        __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    auto fold = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    };
+    found = (Floats)fold(fold(fours[0], fours[1]), fold(fours[2], fours[3]));
+#else
+    for (int i = 0; i < LANES; i++) found[i] = sum(v[i]);
+#endif
+    return found;
+}
+
+// out[i · TOKENS + n] = rows[i] · x[n, :] for LANES = ROWS · TOKENS pairs
+template <class T, int ROWS>
+inline Floats block_of_dots(const T *const *rows, const float *x, int64_t x_stride, int64_t d) {
+    constexpr int TOKENS = LANES / ROWS;
+    Floats total[LANES] = {};
+    int64_t c = 0;
+    for (; c + LANES <= d; c += LANES) {
+        Floats v[TOKENS];
+        for (int n = 0; n < TOKENS; n++) v[n] = load(x + n * x_stride + c);
+        for (int i = 0; i < ROWS; i++) {
+            Floats w = load(rows[i] + c);
+            for (int n = 0; n < TOKENS; n++) total[i * TOKENS + n] += w * v[n];
+        }
+    }
+    Floats found = sums(total);
+    for (; c < d; c++)
+        for (int i = 0; i < ROWS; i++)
+            for (int n = 0; n < TOKENS; n++) found[i * TOKENS + n] += widen(rows[i][c]) * x[n * x_stride + c];
+    return found;
+}
+
+// out[n, row] = matrix[row, :] · x[n, :] for rows first … last of a contiguous matrix. A block that reaches beyond the
+// last row or token repeats it.
+template <class T>
+void few_dots(const T *matrix, int64_t first, int64_t last, const float *x, int64_t x_stride, int64_t num_tokens,
+              int64_t d, float *out, int64_t out_stride) {
+    const T *rows[LANES];
+    float found[LANES];
+    int64_t n = 0;
+    for (; n + 4 <= num_tokens; n += 4)
+        for (int64_t row = first; row < last; row += LANES / 4) {
+            for (int i = 0; i < LANES / 4; i++) rows[i] = matrix + (row + i < last ? row + i : last - 1) * d;
+            store(found, block_of_dots<T, LANES / 4>(rows, x + n * x_stride, x_stride, d));
+            for (int i = 0; i < LANES / 4 && row + i < last; i++)
+                for (int t = 0; t < 4; t++) out[(n + t) * out_stride + row + i] = found[i * 4 + t];
+        }
+    for (; n < num_tokens; n++)
+        for (int64_t row = first; row < last; row += LANES) {
+            int64_t count = last - row < LANES ? last - row : LANES;
+            for (int i = 0; i < LANES; i++) rows[i] = matrix + (i < count ? row + i : last - 1) * d;
+            store(found, block_of_dots<T, LANES>(rows, x + n * x_stride, x_stride, d));
+            std::memcpy(out + n * out_stride + row, found, count * sizeof(float));
+        }
+}
+
+// The same for `count` rows anywhere and one token.
+template <class T>
+void few_dots(const T *const *rows, int64_t count, const float *x, int64_t d, float *out) {
+    for (int64_t start = 0; start < count; start += LANES / 2) {
+        int64_t here = count - start < LANES / 2 ? count - start : LANES / 2;
+        const T *some[LANES / 2];
+        float found[LANES];
+        for (int i = 0; i < LANES / 2; i++) some[i] = rows[start + (i < here ? i : 0)];
+        store(found, block_of_dots<T, LANES / 2>(some, x, 0, d));
+        for (int i = 0; i < here; i++) out[start + i] = found[i * 2];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// For a few tokens without gradients: the router's product too, and no packing. All tensors are contiguous.
+void rank_experts_decode(CALL, const void *x, const void *A, const void *B, const void *weight, const float *bias,
+                         void *y, int64_t *indices) {
+    const Call s = CALLED;
+    const Gate gate = s.gate();
+    const int k = int(top_k), rho = s.rho();
+    // Kept by the thread, so that a call allocates nothing.
+    static thread_local std::vector<float> kept;
+    static thread_local std::vector<int64_t> order;
+    size_t needed = size_t(num_tokens * (d_in + 2 * num_experts + num_ranks + top_k));
+    if (kept.size() < needed) kept.resize(needed);
+    if (order.size() < size_t(num_tokens * num_experts)) order.resize(num_tokens * num_experts);
+    float *wide = kept.data(), *logits = wide + num_tokens * d_in, *keys = logits + num_tokens * num_experts;
+    float *u = keys + num_tokens * num_experts, *weights = u + num_tokens * num_ranks;
+    int64_t *places = order.data();
+    const float *source = wide;
+    if (flags & 8)
+        for (int64_t i = 0; i < num_tokens * d_in; i++) wide[i] = widen(((const bfloat16 *)x)[i]);
+    else
+        source = (const float *)x;
+    // Waking threads costs some microseconds.
+    const int team = num_tokens * num_experts * d_in < 65536 ? 1 : int(threads);
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        const int self = thread();
+        int64_t first, last;
+        split(num_experts, self, team, first, last);
+        s.tensor(weight, 256).typed([&](auto *matrix) {
+            few_dots(matrix, first, last, source, d_in, num_tokens, d_in, logits, num_experts);
+        });
+#pragma omp barrier
+        split(num_tokens, self, team, first, last);
+        for (int64_t n = first; n < last; n++) {
+            const float *z = logits + n * num_experts;
+            float *key = keys + n * num_experts, *own = weights + n * k, *gated = u + n * num_ranks;
+            for (int64_t e = 0; e < num_experts; e++)
+                key[e] = (gate.sigmoid ? 1.0f / (1.0f + std::exp(-z[e])) : z[e]) + bias[e];
+            gate.select(key, places + n * num_experts, indices + n * k);
+            std::memset(gated, 0, num_ranks * sizeof(float));
+            float *value = keys + n * num_experts;  // the keys are done with
+            for (int j = 0; j < k; j++) value[j] = gate.value(z[indices[n * k + j]], bias[indices[n * k + j]]);
+            gate.weigh(value, own);
+            s.tensor(A, 64).typed([&](auto *matrix) {
+                using T = std::remove_pointer_t<decltype(matrix)>;
+                const T *rows[LANES];
+                float found[LANES];
+                for (int start = 0; start < k * rho; start += LANES) {
+                    int count = k * rho - start < LANES ? k * rho - start : LANES;
+                    for (int i = 0; i < count; i++) {
+                        int64_t j = (start + i) / rho, q = (start + i) % rho;
+                        rows[i] = matrix + (indices[n * k + j] * rho + q) * d_in;
+                    }
+                    few_dots(rows, count, source + n * d_in, d_in, found);
+                    for (int i = 0; i < count; i++) {
+                        int64_t j = (start + i) / rho, q = (start + i) % rho;
+                        gated[indices[n * k + j] * rho + q] = found[i] * own[j] * gate.factor;
+                    }
+                }
+            });
+        }
+#pragma omp barrier
+        split(d_out, self, team, first, last);
+        s.tensor(B, 128).typed([&](auto *matrix) {
+            s.tensor(y, 32).typed([&](auto *to) {
+                using T = std::remove_pointer_t<decltype(matrix)>;
+                for (int64_t o = first; o < last; o += LANES) {
+                    int count = int(last - o < LANES ? last - o : LANES);
+                    const T *rows[LANES];
+                    for (int i = 0; i < LANES; i++) rows[i] = matrix + (i < count ? o + i : last - 1) * num_ranks;
+                    for (int64_t n = 0; n < num_tokens; n++) {
+                        Floats update = block_of_dots<T, LANES>(rows, u + n * num_ranks, 0, num_ranks);
+                        auto *place = to + n * d_out + o;
+                        if (count == LANES) {
+                            store(place, load(place) + update);
+                        } else {
+                            for (int i = 0; i < count; i++) add(place + i, update[i]);
+                        }
+                    }
+                }
+            });
+        });
+    }
+}
+
+int64_t rank_experts_columns() { return COLUMNS; }
+
+// scratch: 4 bytes each of (⌈d_in / COLUMNS⌉ + ⌈d_out / COLUMNS⌉) · r · COLUMNS + N · k · ρ · 2 + threads · E · 2
+void rank_experts_forward(CALL, const void *x, const void *A, const void *B, const float *logits, int64_t logits_stride,
+                          const float *keys, const float *bias, void *y, int64_t *indices, void *narrow, float *values,
+                          float *projections, float *scratch) {
+    const Call s = CALLED;
+    const Gate gate = s.gate();
+    const Tensor tensor_x = s.tensor(x, 16), tensor_y = s.tensor(y, 32);
+    const Tensor tensor_A = s.tensor(A, 64), tensor_B = s.tensor(B, 128);
+    const int k = int(s.top_k), rho = s.rho(), m = k * rho;
+    const int64_t tiles_in = num_tiles(s.d_in), tiles_out = num_tiles(s.d_out), step = s.num_ranks * COLUMNS;
+    int64_t *order = (int64_t *)scratch;
+    float *packed_A = scratch + threads * s.num_experts * 2, *packed_B = packed_A + tiles_in * step;
+    float *u = packed_B + tiles_out * step;
+    int32_t *rows = (int32_t *)(u + s.num_tokens * m);
+#pragma omp parallel num_threads(int(threads))
+    {
+        const int self = thread();
+        for (int64_t t = self; t < tiles_in; t += threads) pack(tensor_A, s.num_ranks, s.d_in, t, packed_A + t * step);
+        for (int64_t t = self; t < tiles_out; t += threads)
+            pack_transposed(tensor_B, s.num_ranks, s.d_out, t, packed_B + t * step);
+        int64_t first, last;
+        split(s.num_tokens, self, int(threads), first, last);
+        for (int64_t n = first; n < last; n++) {
+            int64_t *chosen = indices + n * k;
+            gate.select(keys + n * s.num_experts, order + self * s.num_experts, chosen);
+            for (int j = 0; j < k; j++) {
+                int64_t expert = chosen[j];
+                values[n * k + j] = gate.value(logits[n * logits_stride + expert], bias[expert]);
+                if (s.flags & 4)
+                    ((uint8_t *)narrow)[n * k + j] = uint8_t(expert);
+                else
+                    ((int32_t *)narrow)[n * k + j] = int32_t(expert);
+                for (int q = 0; q < rho; q++) {
+                    rows[n * m + j * rho + q] = int32_t(expert * rho + q);
+                    projections[n * m + j * rho + q] = 0;
+                }
+            }
+        }
+#pragma omp barrier
+        for (int64_t t = 0; t < tiles_in; t++)
+            tensor_x.typed([&](auto *src) {
+                dots(src + t * COLUMNS, s.d_in, width_of(t, s.d_in), first, last, rows, m, packed_A + t * step,
+                     projections);
+            });
+        for (int64_t n = first; n < last; n++) {
+            float *weights = u + n * m;  // k of them, spread over ρ ranks each from the last one on
+            gate.weigh(values + n * k, weights);
+            for (int j = k - 1; j >= 0; j--) {
+                float g = weights[j] * gate.factor;
+                for (int q = rho - 1; q >= 0; q--) u[n * m + j * rho + q] = g * projections[n * m + j * rho + q];
+            }
+        }
+        for (int64_t t = 0; t < tiles_out; t++)
+            tensor_y.typed([&](auto *dst) {
+                axpys(dst + t * COLUMNS, s.d_out, width_of(t, s.d_out), first, last, rows, m, u, packed_B + t * step);
+            });
+    }
+}
+
+// x is what the router read, dropped what A read where that is another tensor, else null. dx may hold the base layer's
+// share of the gradient; what it holds is lost where `fresh`. dA (r, d_in), dB (d_out, r), dweight (E, d_in) and the
+// gradients dx and ddropped are null where they are not needed; bias may be null unless the gate divides.
+// scratch: 4 bytes each of threads · (N · k · ρ + 2 · (r + E) · COLUMNS) + N · k · (3 · ρ + 2)
+void rank_experts_backward(CALL, const void *dy, const void *x, const void *dropped, const void *A, const void *B,
+                           const void *weight, const void *narrow, const float *values, const float *projections,
+                           const float *bias, void *dx, int64_t fresh, void *ddropped, float *dA, float *dB,
+                           float *dweight, float *scratch) {
+    const Call s = CALLED;
+    const Gate gate = s.gate();
+    const Tensor tensor_dy = s.tensor(dy, 32), tensor_B = s.tensor(B, 128);
+    const bool together = !dropped;
+    const Tensor tensor_A = s.tensor(A, 64), tensor_weight = s.tensor(weight, 256);
+    const Side both{s.tensor(x, 8),        s.tensor(dx, 8), s.d_in,       2, {tensor_A, tensor_weight},
+                    {num_ranks, num_experts}, {dA, dweight}};
+    const Side of_A{s.tensor(dropped, 16), s.tensor(ddropped, 16), s.d_in, 1, {tensor_A}, {num_ranks}, {dA}};
+    const Side of_router{s.tensor(x, 8), s.tensor(dx, 8), s.d_in, 1, {tensor_weight}, {num_experts}, {dweight}};
+    const int k = int(s.top_k), rho = s.rho(), m = k * rho;
+    const int64_t tiles_out = num_tiles(s.d_out), count = s.num_tokens * m;
+    const int64_t tile_size = 2 * (s.num_ranks + s.num_experts) * COLUMNS;
+    float *du = scratch, *tiles = du + threads * count, *u = tiles + threads * tile_size;
+    // Ranks, then experts: in one list for each token where they meet one input, else in two.
+    float *coefficients = u + count;
+    int32_t *rows = (int32_t *)(coefficients + count + s.num_tokens * k);
+    const int stride = together ? m + k : m, expert_stride = together ? m + k : k;
+    float *expert_coefficients = coefficients + (together ? m : count);
+    int32_t *expert_rows = rows + (together ? m : count);
+#pragma omp parallel num_threads(int(threads))
+    {
+        const int self = thread();
+        int64_t first, last;
+        split(s.num_tokens, self, int(threads), first, last);
+        for (int64_t n = first; n < last; n++) {
+            float *weights = u + n * m;
+            gate.weigh(values + n * k, weights);
+            for (int j = k - 1; j >= 0; j--) {
+                float g = weights[j] * gate.factor;
+                int64_t place = n * k + j;
+                int32_t expert = s.flags & 4 ? ((const uint8_t *)narrow)[place] : ((const int32_t *)narrow)[place];
+                expert_coefficients[n * expert_stride + j] = weights[j];
+                expert_rows[n * expert_stride + j] = expert;
+                for (int q = rho - 1; q >= 0; q--) {
+                    coefficients[n * stride + j * rho + q] = g;
+                    rows[n * stride + j * rho + q] = int32_t(expert * rho + q);
+                    u[n * m + j * rho + q] = g * projections[n * m + j * rho + q];
+                }
+            }
+        }
+        float *own = du + self * count, *tile = tiles + self * tile_size;
+        std::memset(own, 0, count * sizeof(float));
+#pragma omp barrier
+        for (int64_t t = self; t < tiles_out; t += threads) {
+            float *gradient = dB ? tile + s.num_ranks * COLUMNS : nullptr;
+            int width = width_of(t, s.d_out);
+            pack_transposed(tensor_B, s.num_ranks, s.d_out, t, tile);
+            if (gradient) std::memset(gradient, 0, s.num_ranks * COLUMNS * sizeof(float));
+            tensor_dy.typed([&](auto *src) {
+                using T = std::remove_pointer_t<decltype(src)>;
+                outers<T, true, false>(src + t * COLUMNS, nullptr, false, s.d_out, width, s.num_tokens, rows, stride, m,
+                                       u, tile, gradient, own);
+            });
+            if (gradient)
+                for (int c = 0; c < width; c++)
+                    for (int64_t row = 0; row < s.num_ranks; row++)
+                        dB[(t * COLUMNS + c) * s.num_ranks + row] = gradient[row * COLUMNS + c];
+        }
+#pragma omp barrier
+        for (int64_t n = first; n < last; n++) {
+            float *weights = expert_coefficients + n * expert_stride, shared = 0, total = 0;
+            const float *value = values + n * k;
+            for (int j = 0; j < k; j++) {
+                float product = 0;
+                for (int q = 0; q < rho; q++) {
+                    int64_t place = n * m + j * rho + q;
+                    for (int part = 1; part < threads; part++) du[place] += du[part * count + place];
+                    product += du[place] * projections[place];
+                    coefficients[n * stride + j * rho + q] *= du[place];
+                }
+                u[n * m + j] = product;  // u itself is done with
+                shared += product * weights[j];
+                total += value[j];
+            }
+            for (int j = 0; j < k; j++) {
+                // d weight / d z up to the normalisation; see `gate._slope`.
+                float slope = weights[j];
+                if (gate.divides()) {
+                    float score = value[j] - bias[expert_rows[n * expert_stride + j]];
+                    slope = score * (1 - score) / total;
+                } else if (gate.sigmoid) {
+                    slope *= -std::expm1(value[j]);
+                }
+                weights[j] = (u[n * m + j] - shared) * gate.factor * slope;
+                if (together) expert_rows[n * expert_stride + j] += int32_t(s.num_ranks);
+            }
+        }
+#pragma omp barrier
+        const int team = int(threads);
+        if (together) {
+            backward_of_side(both, fresh, s.num_tokens, self, team, rows, m + k, coefficients, tile);
+        } else {
+            backward_of_side(of_A, true, s.num_tokens, self, team, rows, m, coefficients, tile);
+            backward_of_side(of_router, fresh, s.num_tokens, self, team, expert_rows, k, expert_coefficients, tile);
+        }
+    }
+}
+}

@@ -1,0 +1,206 @@
+"""The token gate's op by the native CPU kernel: of the ranks, only the chosen ones are multiplied.
+
+The base layer and the router's product, which needs all experts, stay PyTorch's; the rest of forward is one call into
+`native.cpp`, and the rest of backward another. For a few tokens without gradients one call does the router too.
+float32 and bfloat16 tensors in any mix; arithmetic in float32.
+
+But in that last case the choice is made by the keys that `gate.selection_keys` gives, so that it is the reference's in
+every bit. There, scores may differ from PyTorch's in the last bit, as logits do from one matrix product to another.
+
+Shapes as in `products.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .gate import Chosen, GateSpec, selection_keys, values_dtype
+from .native_build import library
+
+if TYPE_CHECKING:
+    from ..routing import TokenRouter
+    from .products import Base
+
+# Up to this many tokens without gradients, one call does everything after the base layer.
+DECODE_TOKENS = 16
+_NARROW = torch.bfloat16
+_DTYPES = (torch.float32, _NARROW)
+
+
+def supports(tensors: Sequence[Tensor], dtype: torch.dtype, top_k: int, num_experts: int) -> bool:
+    """Say whether the kernel is there, takes these tensors, and is expected to beat dense products.
+
+    Args:
+        tensors: The op's input and parameters.
+        dtype: What the adapter computes in.
+        top_k: k.
+        num_experts: E.
+    """
+    if dtype not in _DTYPES or not pays(top_k, num_experts) or library() is None:
+        return False
+    return all([tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors])
+
+
+def pays(top_k: int, num_experts: int) -> bool:
+    """Say whether so few experts are active that multiplying only them is faster than dense products."""
+    return 4 * top_k <= num_experts
+
+
+def decode(
+    base_layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, router: TokenRouter, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Apply a layer to a few tokens, without gradients, in one call after the base layer.
+
+    Its checks are what decoding a token costs most, so they come in the order in which they fail.
+
+    Args:
+        base_layer: Plain, so that nobody else holds its output, which is contiguous and has x's dtype.
+        x: (…, d_in).
+        A: (r, d_in).
+        B: (d_out, r).
+        router: The gate.
+        scale: s.
+
+    Returns:
+        y (…, d_out) and the chosen experts (N, k); None where it does not serve the case.
+    """
+    weight = router.weight
+    (num_ranks, d_in), (num_experts, _) = A.shape, weight.shape
+    top_k, tensors = router.top_k, (x, A, B, weight)
+    num_tokens = x.numel() // d_in
+    if num_tokens > DECODE_TOKENS or not num_tokens or not supports(tensors, A.dtype, top_k, num_experts):
+        return None
+    if not (x.is_contiguous() and A.is_contiguous() and B.is_contiguous() and weight.is_contiguous()):
+        return None
+    y = base_layer(x)
+    indices = torch.empty(num_tokens, top_k, dtype=torch.int64)
+    spec = GateSpec(top_k, router.score_function, router.biased_gates, scale)
+    library().rank_experts_decode(  # type: ignore[union-attr]
+        num_tokens, d_in, y.shape[-1], num_ranks, num_experts, top_k, _flags(spec, num_experts, x, x, y, A, B, weight),
+        torch.get_num_threads(), top_k * scale, x.data_ptr(), A.data_ptr(), B.data_ptr(), weight.data_ptr(),
+        router.balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(),
+    )  # fmt: skip
+    return y, indices
+
+
+def token_forward(
+    x: Tensor,
+    dropped: Tensor | None,
+    y: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor,
+    balance_bias: Tensor,
+    spec: GateSpec,
+    base: Base,
+) -> tuple[Tensor, Tensor, Chosen]:
+    """Add the update to the base layer's output y; else as `products.token_forward`."""
+    shape, dtype = y.shape, y.dtype
+    y = y if dtype in _DTYPES else y.float()
+    if not (base.in_place and y.is_contiguous()):
+        y = y.clone(memory_format=torch.contiguous_format)
+    num_ranks, d_in = A.shape
+    x = x.contiguous()
+    source = x if dropped is None else dropped.contiguous()
+    A, B, weight = A.contiguous(), B.contiguous(), weight.contiguous()
+    num_tokens, num_experts, d_out = x.numel() // d_in, weight.shape[0], B.shape[0]
+    indices = torch.empty(num_tokens, spec.top_k, dtype=torch.int64)
+    flags = _flags(spec, num_experts, x, source, y, A, B, weight)
+    sizes = (num_tokens, d_in, d_out, num_ranks, num_experts, spec.top_k, flags, torch.get_num_threads())
+    logits = x.view(num_tokens, d_in).float() @ weight.float().t()
+    keys = selection_keys(logits, balance_bias, spec)
+    narrow = torch.empty(num_tokens, spec.top_k, dtype=_index_dtype(num_experts))
+    values = torch.empty(num_tokens, spec.top_k)
+    projections = torch.empty(num_tokens, spec.top_k * (num_ranks // num_experts))
+    native = library()
+    assert native is not None
+    columns = native.rank_experts_columns()
+    tiles = -(-d_in // columns) - (-d_out // columns)
+    scratch = torch.empty(tiles * num_ranks * columns + 2 * projections.numel() + 2 * sizes[-1] * num_experts)
+    if num_tokens:
+        native.rank_experts_forward(
+            *sizes, spec.top_k * spec.scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(), num_experts,
+            keys.data_ptr(), balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(), narrow.data_ptr(),
+            values.data_ptr(), projections.data_ptr(), scratch.data_ptr(),
+        )  # fmt: skip
+    if (kept := values_dtype(base.dtype, spec)) is not None:
+        values = values.clamp_(min=-6e4).to(kept)
+    return y.to(dtype).view(shape), indices, Chosen(narrow, values, projections.to(base.dtype))
+
+
+def token_backward(
+    dx: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    dropped: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor,
+    balance_bias: Tensor | None,
+    chosen: Chosen,
+    spec: GateSpec,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Add x's gradient to dx (N, d_in), the base layer's share, or make it; else as `products.token_backward`."""
+    num_ranks, d_in = A.shape
+    like = (A.dtype, B.dtype, weight.dtype)
+    flat = x.contiguous().view(-1, d_in)
+    source = flat if dropped is None else dropped.contiguous().view(-1, d_in)
+    A, B, weight = A.contiguous(), B.contiguous(), weight.contiguous()
+    dy = (dy if dy.dtype in _DTYPES else dy.float()).contiguous()
+    num_tokens, num_experts, d_out = flat.shape[0], weight.shape[0], B.shape[0]
+    dx_base = dx
+    if needed[0]:
+        fits = dx is not None and dx.is_contiguous() and dx.dtype == flat.dtype
+        dx = dx if fits else torch.empty_like(flat)
+    ddropped = torch.empty_like(source) if needed[1] else None
+    # Without tokens the kernel does not run.
+    make = torch.empty if num_tokens else torch.zeros
+    dA, dB, dweight = (make(matrix.shape) if wanted else None for matrix, wanted in zip((A, B, weight), needed[3:6]))
+    values, projections = chosen.values.float(), chosen.projections.float()
+    flags = _flags(spec, num_experts, flat, source, dy, A, B, weight)
+    threads = torch.get_num_threads()
+    native = library()
+    assert native is not None
+    columns = native.rank_experts_columns()
+    scratch = torch.empty(
+        threads * (projections.numel() + 2 * (num_ranks + num_experts) * columns)
+        + 3 * projections.numel()
+        + 2 * values.numel()
+    )
+    if num_tokens:
+        native.rank_experts_backward(
+            num_tokens, d_in, d_out, num_ranks, num_experts, spec.top_k, flags, threads, spec.top_k * spec.scale,
+            dy.data_ptr(), flat.data_ptr(), None if dropped is None else source.data_ptr(), A.data_ptr(),
+            B.data_ptr(), weight.data_ptr(), chosen.indices.data_ptr(), values.data_ptr(), projections.data_ptr(),
+            _pointer(balance_bias), _pointer(dx if needed[0] else None), dx is not dx_base, _pointer(ddropped),
+            _pointer(dA), _pointer(dB), _pointer(dweight), scratch.data_ptr(),
+        )  # fmt: skip
+    if needed[0] and dx is not dx_base and dx_base is not None:
+        dx = dx_base.add_(dx)
+    return (
+        dx.view(x.shape) if needed[0] and dx is not None else None,
+        ddropped.view(dropped.shape) if ddropped is not None and dropped is not None else None,
+        *(None if found is None else found.to(dtype) for found, dtype in zip((dA, dB, dweight), like)),
+    )
+
+
+def _flags(spec: GateSpec, num_experts: int, *tensors: Tensor) -> int:
+    # As `Call` in native.cpp has them; the tensors: x, what A reads, y or dy, A, B, W_g.
+    flags = (spec.score_function == "sigmoid") | spec.biased_gates << 1 | (num_experts <= 256) << 2
+    for bit, tensor in enumerate(tensors, 3):
+        if tensor.dtype == _NARROW:
+            flags |= 1 << bit
+    return flags
+
+
+def _index_dtype(num_experts: int) -> torch.dtype:
+    return torch.uint8 if num_experts <= 256 else torch.int32
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,276 @@
+"""The native CPU kernel against the reference: outputs, every gradient, the choice, and where it steps aside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rank_experts.ops import dispatch, native, rank_experts
+from rank_experts.ops.native_build import find_compiler, library
+from rank_experts.routing import TokenRouter
+
+if find_compiler() is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+GATES = {
+    "token": dict(num_experts=64, top_k=8),
+    "all": dict(num_experts=5, top_k=5),
+    "one": dict(num_experts=7, top_k=1),
+    "softmax": dict(num_experts=12, top_k=3, score_function="softmax"),
+    "biased": dict(num_experts=12, top_k=3, biased_gates=True),
+    "biased softmax": dict(num_experts=12, top_k=3, score_function="softmax", biased_gates=True),
+    "blocks": dict(num_experts=4, top_k=2, expert_rank=3),
+    "biased blocks": dict(num_experts=5, top_k=2, expert_rank=7, biased_gates=True),
+    "many": dict(num_experts=256, top_k=4),
+    "more than a byte": dict(num_experts=300, top_k=4),
+}
+# Of base layer and input, and of the adapter.
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "mixed": (torch.bfloat16, torch.float32),
+    "wide": (torch.float32, torch.bfloat16),
+}
+NARROW = {"float32": 2e-5, "mixed": 1e-2, "bfloat16": 4e-2, "wide": 4e-2}
+
+
+@pytest.fixture(autouse=True)
+def _native_wherever_it_can(monkeypatch):
+    monkeypatch.setattr(native, "pays", lambda top_k, num_experts: True)
+    assert library() is not None
+
+
+@pytest.fixture
+def _nan_in_new_buffers(monkeypatch):
+    """What the kernel forgets to write shows as NaN, or as an index that does not exist."""
+
+    def filled(make):
+        def build(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return build
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(native.torch, name, filled(getattr(torch, name)))
+
+
+def make(gate, dtypes="float32", shape=(37, 150), d_out=141, seed=0):
+    """A layer's tensors, with whole numbers for x and W_g, so that every path computes the same logits."""
+    torch.manual_seed(seed)
+    dtype, adapter = DTYPES[dtypes]
+    router = TokenRouter(shape[-1], **(GATES[gate] if isinstance(gate, str) else gate)).to(adapter)
+    r = router.num_experts * router.expert_rank
+    with torch.no_grad():
+        router.weight.copy_(torch.randint(-4, 5, router.weight.shape) / 32)
+        router.balance_bias.copy_(torch.randint(0, 5, router.balance_bias.shape) / 64 + 0.25)
+    base = nn.Linear(shape[-1], d_out).to(dtype).requires_grad_(False)
+    A, B = torch.randn(r, shape[-1]).to(adapter), torch.randn(d_out, r).to(adapter)
+    x = (torch.randint(-8, 9, shape) / 4).to(dtype)
+    return base, x.requires_grad_(), A.requires_grad_(), B.requires_grad_(), router
+
+
+def both(base, x, A, B, router, dropped=None, dy=None):
+    """(output, indices, gradients …) by the kernel and by the reference."""
+    wanted = [t for t in (x, A, B, router.weight, dropped) if t is not None and t.requires_grad]
+    dropout = None if dropped is None else lambda x: dropped
+    results = []
+    for adapted in (
+        rank_experts(base, x, A, B, router, scale=0.7, dropout=dropout),
+        dispatch._reference(base, x, A, B, router, 0.7, dropped, None),
+    ):
+        torch.manual_seed(1)
+        seen = torch.randn(adapted.y.shape) if dy is None else dy
+        grads = torch.autograd.grad(adapted.y, wanted, seen.to(adapted.y.dtype), retain_graph=True)
+        results.append([adapted.y, adapted.indices, *grads])
+    ours, theirs = results
+    node = ours[0].grad_fn
+    assert type(node).__name__ == "TokenGatedBackward"
+    assert node.kernels is native
+    return ours, theirs
+
+
+def assert_close(ours, theirs, tolerance):
+    assert torch.equal(ours[1], theirs[1])
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype == their.dtype
+        assert our.shape == their.shape
+        if our.is_floating_point():
+            size = max(their.abs().max().item(), 0.05) if their.numel() else 1.0
+            torch.testing.assert_close(our, their, rtol=tolerance, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.usefixtures("_nan_in_new_buffers")
+def test_equals_the_reference(gate, dtypes):
+    assert_close(*both(*make(gate, dtypes)), NARROW[dtypes])
+
+
+@pytest.mark.parametrize("gate", ["token", "blocks"])
+@pytest.mark.parametrize("shape", [(0, 10), (1, 10), (3, 5, 10), (2, 50, 128), (1, 1, 1), (40, 129)], ids=str)
+@pytest.mark.parametrize("d_out", [1, 16, 257])
+@pytest.mark.usefixtures("_nan_in_new_buffers")
+def test_shapes(gate, shape, d_out):
+    assert_close(*both(*make(gate, shape=shape, d_out=d_out)), 2e-5)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.usefixtures("_nan_in_new_buffers")
+def test_dropout_reaches_a_alone(dtypes):
+    base, x, A, B, router = make("blocks", dtypes)
+    dropped = (x.detach() * torch.randint(0, 2, x.shape)).to(A.dtype).requires_grad_()
+    assert_close(*both(base, x, A, B, router, dropped), NARROW[dtypes])
+
+
+@pytest.mark.parametrize("frozen", ["x", "A", "B", "weight", "all but B", "all but x"])
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.usefixtures("_nan_in_new_buffers")
+def test_only_the_gradients_that_are_needed(frozen, drop):
+    base, x, A, B, router = make("token")
+    tensors = dict(x=x, A=A, B=B, weight=router.weight)
+    kept = [frozen.removeprefix("all but ")] if "but" in frozen else [name for name in tensors if name != frozen]
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in kept)
+    dropped = x.detach().mul(2).requires_grad_(x.requires_grad) if drop else None
+    assert_close(*both(base, x, A, B, router, dropped), 2e-5)
+
+
+def test_strided_tensors():
+    base, _, A, _, router = make("token", shape=(1, 40), d_out=30)
+    x = (torch.randint(-8, 9, (7, 6, 80)) / 4)[..., ::2].transpose(0, 1).requires_grad_()
+    A = torch.randn(40, len(A)).t().requires_grad_()
+    B = torch.randn(len(A), 30).t().requires_grad_()
+    assert_close(*both(base, x, A, B, router, dy=torch.randn(30, 6, 7).permute(1, 2, 0)), 2e-5)
+
+
+def test_an_output_that_must_not_be_overwritten():
+    base, x, A, B, router = make("token")
+    seen = []
+    base.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    assert_close(*both(base, x, A, B, router), 2e-5)
+    assert torch.equal(*seen[0])
+
+
+def test_a_second_derivative():
+    base, x, A, B, router = make("token", shape=(9, 20))
+    found = []
+    for adapted in (
+        rank_experts(base, x, A, B, router, scale=0.7),
+        dispatch._reference(base, x, A, B, router, 0.7, None, None),
+    ):
+        (dx,) = torch.autograd.grad(adapted.y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), (x, A, B, router.weight)))
+    for our, their in zip(*found, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-4 * their.abs().max().item())
+
+
+@pytest.mark.parametrize("num_tokens", [3, 100])
+def test_ties_signs_and_nans(num_tokens):
+    base, x, A, B, router = make(dict(num_experts=20, top_k=6, score_function="softmax"), shape=(num_tokens, 20))
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, -torch.nan])
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(20))
+        router.balance_bias.zero_()
+        x.copy_(torch.randint(-1, 2, x.shape))
+        x[1::2, 7] = special[torch.randint(6, 8, x[1::2, 7].shape)]
+    ours = rank_experts(base, x, A, B, router)
+    theirs = dispatch._reference(base, x, A, B, router, 1.0, None, None)
+    assert torch.equal(ours.indices, theirs.indices)
+    assert torch.equal(ours.y.isnan(), theirs.y.isnan())
+    assert ours.y[1::2].isnan().all()
+    assert ours.y[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [-300.0, 300.0])
+def test_a_saturated_router_gives_finite_gates(value):
+    base, x, A, B, router = make("token")
+    with torch.no_grad():
+        router.weight.fill_(value)
+        router.balance_bias.zero_()
+        x.copy_(x.abs() + 1)
+    ours, theirs = both(base, x, A, B, router)
+    assert all(result.isfinite().all() for result in ours)
+    assert_close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 6, 16])
+def test_a_few_tokens_without_gradients(gate, num_tokens, dtypes):
+    base, x, A, B, router = make(gate, dtypes, (num_tokens, 67), 45)
+    with torch.no_grad():
+        router.balance_bias.fill_(0.25)  # The same for all: the kernel's own sigmoid may differ in the last bit.
+        assert native.decode(base, x, A, B, router, 0.7) is not None
+        ours = rank_experts(base, x, A, B, router, scale=0.7)
+        theirs = dispatch._reference(base, x, A, B, router, 0.7, None, None)
+    assert_close(ours[:2], theirs[:2], NARROW[dtypes])
+
+
+@pytest.mark.parametrize("num_tokens", [5, 300])
+def test_two_runs_agree_in_every_bit_and_threads_in_most(num_tokens):
+    tensors = make("token", shape=(num_tokens, 700), d_out=300)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 1, 3, 3):
+            torch.set_num_threads(threads)
+            runs.append(both(*tensors)[0])
+            with torch.no_grad():
+                runs[-1].append(rank_experts(*tensors).y)
+    finally:
+        torch.set_num_threads(before)
+    for first, second in ((runs[0], runs[1]), (runs[2], runs[3])):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_close(runs[0], runs[2], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_other_dtypes_are_left_to_pytorch(dtype):
+    base, x, A, B, router = make("token")
+    tensors = [t.detach().to(dtype).requires_grad_() for t in (x, A, B)]
+    y = rank_experts(base.to(dtype), *tensors, router.to(dtype)).y
+    assert y.grad_fn.kernels is not native
+
+
+def test_many_active_experts_are_left_to_pytorch(monkeypatch):
+    monkeypatch.undo()
+    base, x, A, B, router = make(dict(num_experts=8, top_k=4))
+    assert rank_experts(base, x, A, B, router).y.grad_fn.kernels is not native
+
+
+@st.composite
+def layers(draw):
+    num_experts = draw(st.integers(1, 40))
+    return dict(
+        num_tokens=draw(st.one_of(st.integers(0, 3), st.integers(30, 70))),
+        d_in=draw(st.integers(1, 300)),
+        d_out=draw(st.integers(1, 300)),
+        gate=dict(
+            num_experts=num_experts,
+            expert_rank=draw(st.integers(1, 4)),
+            top_k=draw(st.integers(1, num_experts)),
+            score_function=draw(st.sampled_from(["sigmoid", "softmax"])),
+            biased_gates=draw(st.booleans()),
+        ),
+        dtypes=draw(st.sampled_from(list(DTYPES))),
+        drop=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(layers())
+def test_whatever_hypothesis_thinks_of(case):
+    shape = (case["num_tokens"], case["d_in"])
+    base, x, A, B, router = make(case["gate"], case["dtypes"], shape, case["d_out"], case["seed"])
+    dropped = (x.detach() * torch.randint(0, 2, x.shape)).to(A.dtype).requires_grad_() if case["drop"] else None
+    before = native.pays
+    native.pays = lambda *_: True
+    try:
+        assert_close(*both(base, x, A, B, router, dropped), NARROW[case["dtypes"]])
+    finally:
+        native.pays = before
