@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
 from .inject import inject_rank_experts
 from .layout import PREFIX, tensor_shapes
+from .model import adapted_layers
 from .storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -42,7 +45,8 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     new one, never a mixture. Processes that save to one folder wait for each other. A model card, README.md, comes
     with them, unless the folder has one that we did not write or that was edited.
 
-    In a distributed run the first process writes. Under FSDP2 all processes must call, because each holds a part.
+    In a distributed run the first process writes. Under FSDP2 and DeepSpeed's ZeRO-3 all processes must call, because
+    each holds a part.
 
     Args:
         model: With the adapter, wrapped in a `PeftModel` or not.
@@ -57,10 +61,11 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
         >>> save_rank_experts(model, "my-adapter")  # doctest: +SKIP
     """
     config = adapter_config(model, adapter_name)
-    tensors = {
-        key: _whole(tensor.detach()).to("cpu").contiguous().clone()
-        for key, tensor in _adapter_tensors(model, adapter_name)
-    }
+    with _gathered(model):
+        tensors = {
+            key: _whole(tensor.detach()).to("cpu").contiguous().clone()
+            for key, tensor in _adapter_tensors(model, adapter_name)
+        }
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise ValueError(
@@ -102,6 +107,13 @@ def _without_adapter(name: str) -> str:
 def _whole(tensor: Tensor) -> Tensor:
     # FSDP2 keeps a shard on each rank.
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(model: nn.Module) -> AbstractContextManager[None]:
+    # DeepSpeed's ZeRO-3 leaves parameters empty between forwards.
+    own = {id(p) for _, layer in adapted_layers(model) for p in layer.parameters()}
+    parted = [p for p in model.parameters() if hasattr(p, "ds_id") and (p.requires_grad or id(p) in own)]
+    return sys.modules["deepspeed"].zero.GatheredParameters(parted) if parted else nullcontext()
 
 
 def config_to_json(config: PeftConfig) -> str:
