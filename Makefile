@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format clean bench works-with compat fuzz
+.PHONY: help install demo test test-slow check format clean bench docs build release-check works-with compat fuzz
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,21 @@ bench: $(STAMP) ## measure layers, training steps, decoding and loading, in minu
 	$(BENCH)/loading.py
 	$(BENCH)/page.py
 
+# What mkdocstrings' parser has to say of a docstring does not count as a warning of the build's, so grep asks for it.
+docs: $(STAMP) ## build the documentation into site, warnings are errors; python3 -m http.server -d site shows it
+	$(PIP) -e ".[docs]"
+	$(BIN)/zensical build -f .zensical.toml --strict --clean > $(VENV)/docs.log 2>&1 || { cat $(VENV)/docs.log; exit 1; }
+	@cat $(VENV)/docs.log; ! grep -q '^griffe' $(VENV)/docs.log
+
+build: $(STAMP) ## make wheel and sdist in dist, and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_release.py
+
+release-check: $(STAMP) ## TAG=v1.2.3: the tag, the package's version and the changelog's newest section agree
+	$(BIN)/python -m pytest tests/test_release.py -k version
+
 works-with: $(STAMP) ## run the tests of trl, bitsandbytes, torchao and lm_eval, which `make test` skips
 	$(PIP) -e ".[dev,works-with]"
 	$(BIN)/python -m pytest tests/test_trainers.py tests/test_quantised.py tests/test_lm_eval.py
@@ -56,8 +71,8 @@ compat: $(STAMP) ## run the tests with the oldest and the newest supported peft 
 	$(VENV)-oldest/bin/python -m pytest -n auto
 	$(BIN)/python -m pytest -n auto
 
-fuzz: $(STAMP) ## damage 10,000 adapters and try as many configs and tasks; writes docs/results/fuzz.json
-	RANK_EXPERTS_FUZZ=10000 RANK_EXPERTS_FUZZ_REPORT=docs/results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py
+fuzz: $(STAMP) ## damage 10,000 adapters, try as many configs, tasks and recipes; writes docs/results/fuzz.json
+	RANK_EXPERTS_FUZZ=10000 RANK_EXPERTS_FUZZ_REPORT=docs/results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_recipes.py
 
 check: $(STAMP) ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 
 from rank_experts import RankExpertConfig
 
 TASKS = ["cola", "mnli", "rte"]
+
+OLD_PEFT = not hasattr(BaseTuner, "_get_learnable_bias_state_dict")
+needs_trained_biases = pytest.mark.skipif(OLD_PEFT, reason="this PEFT does not save trained biases, and is refused")
 
 
 def token_config(**kwargs) -> RankExpertConfig:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,29 +23,25 @@ from transformers import (
 )
 
 VOCAB = 64
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=0,
+)
 
 
 def llama(**kwargs):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, pad_token_id=0, **(sizes | kwargs))
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | kwargs)))
 
 
 def qwen3():
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            pad_token_id=0,
-        )
-    )
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8))
 
 
 def gpt2():
@@ -90,18 +88,19 @@ def vit():
 
 def mixtral():
     torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            pad_token_id=0,
-        )
-    )
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+
+
+class CheckpointedBlock(nn.Module):
+    """A layer that checkpoints its activations by hand."""
+
+    def __init__(self, use_reentrant: bool):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=self.use_reentrant)
 
 
 MODELS = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit, "mixtral": mixtral}

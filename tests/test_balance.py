@@ -7,16 +7,15 @@ import warnings
 import datasets
 import pytest
 import torch
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from helpers import task_config, token_config
-from models import batch, bert, llama, t5
+from models import CheckpointedBlock, batch, bert, llama, t5
 from rank_experts import inject_rank_experts, update_router_bias
 from rank_experts.boundary import _UNUSED_LOSSES
+from rank_experts.callbacks import RankExpertCallback
 from rank_experts.model import adapted_layers
 from rank_experts.routing import expert_load
-from rank_experts.trainer import RankExpertCallback
 
 
 def loads(model):
@@ -234,15 +233,7 @@ def test_trainer_keeps_the_task_ids_column(tmp_path):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_block_checkpointed_by_hand_counts_once(use_reentrant):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = nn.Linear(6, 6)
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=use_reentrant)
-
-    model = inject_rank_experts(Block(), token_config(target_modules=["proj"])).train()
+    model = inject_rank_experts(CheckpointedBlock(use_reentrant), token_config(target_modules=["proj"])).train()
     model(torch.randn(5, 6, requires_grad=True)).sum().backward()
     assert [load.sum() for load in loads(model).values()] == [5 * 4]
     # Called without the model around it, a layer counts as well.

@@ -335,6 +335,9 @@ class TestBadInput:
         self.refused(tmp_path, model, ValueError, r"with \['second'\] active", calibration=[batch("bert")])
         with pytest.raises(ValueError, match="no rank-expert adapter 'third'"):
             calibrate(model, [batch("bert")], "third")
+        dense = inject_rank_experts(MODELS["bert"](), RankExpertConfig.lora(r=2, target_modules=["query"]))
+        with pytest.raises(ValueError, match=r"query: adapter 'default' does not route by token"):
+            calibrate(dense, [batch("bert")])
 
 
 def test_moments_hold_nothing_of_the_tokens():

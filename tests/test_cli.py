@@ -16,9 +16,10 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainerCallba
 
 from rank_experts import load_rank_experts, merge_rank_experts
 from rank_experts.assemble import build_trainer
-from rank_experts.cli import main
 from rank_experts.heads import load_classifier
+from rank_experts.report import inspect_adapter
 from rank_experts.tasks import TaskSampler
+from rank_experts_cli import main
 from recipes import write_recipe
 
 
@@ -45,11 +46,12 @@ def test_train_evaluate_inspect_and_merge_a_classifier(recipe, capsys):
 
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
-    shown = capsys.readouterr().out
-    assert "MoRE" in shown
-    assert "head first: no, yes" in shown
-    assert main(["inspect", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tasks"] == ["first", "last"]
+    report = inspect_adapter(out)
+    assert capsys.readouterr().out == report.to_text()
+    assert report.facts["head first"] == "no, yes"
+    assert main(["inspect", str(out), "--json", "--html", str(folder / "page.html")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report.to_dict()))
+    assert (folder / "page.html").read_text() == report.to_html()
 
     merged = folder / "merged"
     assert main(["merge", str(out), str(merged), "--task", "last"]) == 0
@@ -94,6 +96,10 @@ def test_a_token_router_is_exported_with_calibration_and_not_merged(tmp_path, ca
     command = ["export", str(tmp_path / "out"), str(tmp_path / "lora")]
     assert main([*command, "--calibration", str(tmp_path / "calibration.txt")]) == 0
     assert (tmp_path / "lora" / "adapter_config.json").exists()
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    assert main([*command[:2], str(tmp_path / "none"), "--calibration", str(tmp_path / "empty.txt")]) == 2
+    assert "empty.txt holds no text to calibrate with" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_dry_run_shows_the_job_and_trains_nothing(recipe, capsys, monkeypatch):
@@ -114,7 +120,8 @@ def test_the_dry_run_counts_what_training_trains(recipe, capsys):
     assert main(["train", str(recipe), "training.max_steps=1"]) == 0
     capsys.readouterr()
     main(["inspect", str(recipe.parent / "out"), "--json"])
-    assert f"{json.loads(capsys.readouterr().out)['parameters']:,} parameters to train" in line
+    trained = json.loads(capsys.readouterr().out)["facts"]["parameters"].split()[0]
+    assert line.startswith(f"adapter: {trained} parameters to train")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +130,8 @@ def test_the_dry_run_counts_what_training_trains(recipe, capsys):
         (["adapter.rr=4"], "override 'adapter.rr=4': adapter.rr: unknown key"),
         (["tasks.first.text={sentense}"], "no column 'sentense'"),
         (["model.name=./nowhere"], "model.name './nowhere' cannot be loaded"),
-        (["training.per_device_train_batch_size=0", "training.eval_strategy=sometimes"], "training: "),
+        (["training.per_device_train_batch_size=0"], "training.per_device_train_batch_size: expected at least 1"),
+        (["training.eval_strategy=sometimes"], "train: training: sometimes is not a valid IntervalStrategy"),
         (["--resume"], "holds no checkpoint to resume from"),
     ],
 )
@@ -167,15 +175,54 @@ def test_arguments_that_are_no_overrides_are_refused(recipe, capsys):
     assert "unrecognized arguments: adapter.r=4" in capsys.readouterr().err
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
-    code = (
-        "import sys; from rank_experts.cli import main\n"
-        "before = set(sys.modules)\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = ('transformers.trainer', 'datasets', 'pydantic', 'sklearn')\n"
-        "print([m for m in heavy if m in set(sys.modules) - before])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert all(name in shown for name in ("train", "evaluate", "merge", "export", "inspect", "demo"))
-    assert shown.rstrip().endswith("[]")
+HELP = """
+import sys
+from rank_experts_cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    print("status", end.code)
+print(*sorted({"torch", "transformers", "peft", "rank_experts"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--help"], 0, "train|evaluate|merge|export|inspect|demo"),
+        *(([name, "--help"], 0, f"usage: rank-experts {name}") for name in ("train", "evaluate", "merge", "inspect")),
+        (["export", "--help"], 0, "token-routed"),
+        ([], 2, "the following arguments are required: COMMAND"),
+        (["trian"], 2, "invalid choice: 'trian'"),
+        (["merge", "adapter"], 2, "the following arguments are required: OUT"),
+        (["inspect", "adapter", "--jsn"], 2, "unrecognized arguments: --jsn"),
+    ],
+    ids=str,
+)
+def test_help_and_mistyped_arguments_are_answered_without_the_library(arguments, status, message):
+    result = subprocess.run([sys.executable, "-c", HELP, *arguments], capture_output=True, text=True, check=True)
+    for part in message.split("|"):
+        assert part in result.stdout + result.stderr
+    assert result.stdout.endswith(f"status {status}\n\n"), "nothing heavy was imported"
+
+
+def test_what_is_wrong_with_a_disk_or_a_target_is_said_too(recipe, capsys, monkeypatch):
+    for error in (OSError(28, "No space left on device"), TypeError("model.norm is a LayerNorm")):
+        monkeypatch.setattr(
+            "rank_experts.report.inspect_adapter", lambda *args, error=error: (_ for _ in ()).throw(error)
+        )
+        assert main(["inspect", str(recipe.parent)]) == 2
+        assert f"rank-experts inspect: {error}" in capsys.readouterr().err
+        with pytest.raises(type(error)):
+            main(["inspect", str(recipe.parent), "--traceback"])
+
+
+@pytest.mark.parametrize("missing", ["ruamel.yaml", "datasets"])
+def test_an_extra_that_is_missing_is_named(recipe, capsys, monkeypatch, missing):
+    for name in ("recipe", "recipe_yaml", "prepare", "assemble"):
+        monkeypatch.delitem(sys.modules, f"rank_experts.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    shown = capsys.readouterr().err
+    assert missing in shown
+    assert "pip install 'rank-experts[train]'" in shown

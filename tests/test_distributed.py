@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -32,14 +33,23 @@ def launch(engine: str, folder: Path) -> None:
     """Train all three gates on two processes, which write into the folder."""
     for gate in GATES:
         (folder / gate).mkdir()
+    if engine.startswith("zero"):
+        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        run([sys.executable, "-m", *launcher, str(HERE / "deepspeed_worker.py"), engine, str(folder)])
+        return
     # --multi_gpu is the launcher for several processes; ACCELERATE_USE_CPU turns them to gloo.
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--main_process_port", str(free_port()), str(HERE / "distributed_worker.py"), engine, str(folder)),
     ]
+    run(command)
+
+
+def run(command: list[str]) -> None:
     path = os.pathsep.join([str(SOURCE), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment |= {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -56,7 +66,13 @@ def report(folder: Path, gate: str, rank: int) -> dict:
     return json.loads((folder / f"{gate}-{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+)
 def test_two_processes_equal_one(engine, tmp_path):
     """One test an engine, because the processes take much longer to start than to train."""
     launch(engine, tmp_path)
@@ -71,7 +87,7 @@ def test_two_processes_equal_one(engine, tmp_path):
             assert found["bias"] == bias  # the same on all ranks, to the bit
         assert any(value for values in bias.values() for value in values) == (gate == "token")
         assert [found["written"] for found in reports] == [1, 0]
-        for way in ("ours", "peft"):
+        for way in ("ours",) if engine.startswith("zero") else ("ours", "peft"):
             check_adapter(tmp_path / gate / way, gate, expected)
 
 
@@ -79,6 +95,9 @@ def check_engine(engine: str, reports: list[dict]) -> None:
     for found in reports:
         if engine == "ddp":
             assert found["engine"] == "DistributedDataParallel"
+        elif engine.startswith("zero"):
+            assert found["engine"].startswith("DeepSpeedZeroOptimizer")
+            assert (found["sharded"] > 40) == (engine == "zero3")
         else:
             assert found["engine"].startswith("FSDP")
             assert found["sharded"] > 40

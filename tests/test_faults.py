@@ -18,9 +18,9 @@ from helpers import dense_config, task_config, token_config
 from models import batch, llama, vit
 from rank_experts import inject_rank_experts, update_router_bias, use_task
 from rank_experts.balance import count_idle, dead_experts, take_nan_examples
+from rank_experts.callbacks import RankExpertCallback
 from rank_experts.model import adapted_layers
 from rank_experts.routing import contrastive_loss
-from rank_experts.trainer import RankExpertCallback
 
 SMALL = dict(target_modules=["q_proj", "v_proj"])
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from helpers import CONFIGS, TASKS, assert_unchanged, fingerprint, task_config, token_config
+from helpers import CONFIGS, TASKS, assert_unchanged, fingerprint, needs_trained_biases, task_config, token_config
 from models import batch, bert, llama
 from rank_experts import inject_rank_experts, load_rank_experts, save_rank_experts
 from rank_experts.model import adapted_layers
@@ -100,6 +100,7 @@ def test_the_learnt_bias_is_saved_and_loaded(tmp_path):
         assert torch.equal(got, expected)
 
 
+@needs_trained_biases
 def test_trained_biases_are_saved_and_loaded(tmp_path):
     for bias in ("all", "rank_expert_only"):
         model = inject_rank_experts(bert(), token_config(target_modules=["query"], bias=bias)).eval()

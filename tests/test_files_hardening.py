@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -21,13 +22,12 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTuner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import CONFIGS, assert_unchanged, fingerprint, token_config
+from helpers import CONFIGS, assert_unchanged, fingerprint, needs_trained_biases, token_config
 from models import batch, bert, llama
-from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, storage
+from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, staging
 from rank_experts.model import adapted_layers
 
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
@@ -167,6 +167,17 @@ def test_a_pickle_is_refused_by_name(tmp_path):
         with pytest.raises(FileNotFoundError, match="is a pickle"):
             wrapped.load_adapter(tmp_path, name)
         assert_unchanged(wrapped, before)
+
+
+def test_no_line_of_the_library_reads_or_writes_a_pickle():
+    for file in Path(staging.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "dill", "joblib", "shelve"} & set(names), file
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                assert called not in ("torch.load", "torch.save", "np.load", "numpy.load"), file
 
 
 def test_other_methods_are_left_alone(tmp_path):
@@ -356,9 +367,6 @@ def test_wrong_tensors_are_refused_by_both_doors(tmp_path, case):
     refused(tmp_path, ValueError, message)
 
 
-@pytest.mark.skipif(
-    not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"), reason="this PEFT asks no tuner before it loads"
-)
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("case", WRONG_TENSORS)
 def test_wrong_state_dicts_are_refused(case, wrapped):
@@ -394,6 +402,7 @@ def test_modules_to_save_keep_the_kind_of_their_numbers(tmp_path):
         load_rank_experts(bert(), tmp_path)
 
 
+@needs_trained_biases
 def test_two_copies_of_a_bias_that_differ_are_refused(tmp_path):
     config = token_config(target_modules=["query"], modules_to_save=["classifier"], bias="all")
     save_rank_experts(inject_rank_experts(bert(), config), tmp_path)
@@ -455,7 +464,7 @@ def test_a_file_that_may_not_grow_keeps_the_old_adapter(tmp_path):
     lines = result.stdout.splitlines()
     assert len(lines) == 3, result.stderr[-2000:]
     assert all(line.startswith(f"{errno.EFBIG} ") for line in lines)
-    assert all("cannot save an adapter of" in line and "unchanged" in line for line in lines)
+    assert all("cannot save " in line and "unchanged" in line for line in lines)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -623,9 +632,9 @@ def test_without_locks_saving_still_works_and_says_so_once(tmp_path, monkeypatch
     def unsupported(*args):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(storage.fcntl, "flock", unsupported)
-    (tmp_path / f".{WEIGHTS}.other").write_text("another process is writing this")
+    monkeypatch.setattr(staging.fcntl, "flock", unsupported)
+    (tmp_path / f".{WEIGHTS}.saving.other").write_text("another process is writing this")
     with pytest.warns(UserWarning, match="without locks"):
         save_rank_experts(make(), tmp_path)
-    assert (tmp_path / f".{WEIGHTS}.other").exists()
+    assert (tmp_path / f".{WEIGHTS}.saving.other").exists()
     load_rank_experts(llama(), tmp_path)

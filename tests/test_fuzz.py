@@ -1,7 +1,8 @@
-"""Random adapters, configs, task specifications and recipes: nothing is accepted wrongly, nothing crashes.
+"""Random adapters, configs and task specifications: nothing is accepted wrongly, nothing crashes.
 
-By default a few hundred of each; `make fuzz` runs 10,000 adapter folders and writes docs/results/fuzz.json. Every
-adapter case is made from its number alone: `RANK_EXPERTS_FUZZ_CASE=1234` runs one again.
+Recipes are in test_fuzz_recipes.py. By default a few hundred of each; `make fuzz` runs 10,000 adapter folders and
+writes docs/results/fuzz.json. Every adapter case is made from its number alone: `RANK_EXPERTS_FUZZ_CASE=1234` runs one
+again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
 
-from helpers import assert_unchanged, dense_config, fingerprint, task_config, token_config
+from helpers import OLD_PEFT, assert_unchanged, dense_config, fingerprint, task_config, token_config
 from models import bert, llama
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts
 from rank_experts.files import config_to_json, read_config
@@ -56,7 +57,10 @@ KINDS = {
     "blocks": (small_llama, token_config(expert_rank=4, top_k=2, rank_pattern={"v_proj": 8}, **SMALL)),
     "task": (small_llama, task_config(task_embedding_dim=8, **SMALL)),
     "dense": (small_llama, dense_config(layers_to_transform=[0], **SMALL)),
-    "saved": (small_bert, dense_config(target_modules=["query"], modules_to_save=["classifier"], bias="all")),
+    "saved": (
+        small_bert,
+        dense_config(target_modules=["query"], modules_to_save=["classifier"], bias="none" if OLD_PEFT else "all"),
+    ),
 }
 
 JUNK = [

@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import models
+from helpers import assert_unchanged, fingerprint
 from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.heads import HeadSpec, MultiTaskClassifier, load_classifier, read_heads, regression_spec
 
@@ -85,7 +87,7 @@ def test_clashing_labels_in_one_head_are_refused():
     heads = {"rte": HeadSpec(["yes", "no"], head="nli"), "mnli": HeadSpec(["yes", "maybe", "no"], head="nli")}
     with pytest.raises(ValueError, match=r"'rte' and 'mnli' share the head 'nli'.*clash"):
         classifier(heads=heads)
-    with pytest.raises(ValueError, match="clash"):
+    with pytest.raises(ValueError, match=r"clash: \['yes', 'no'\] and numbers \(offset 0, scale 1\)"):
         classifier(heads={"rte": HeadSpec(["yes", "no"], head="nli"), "nli": HeadSpec()})
     with pytest.raises(ValueError, match="at least two"):
         classifier(heads={"rte": HeadSpec(["yes"])})
@@ -103,11 +105,78 @@ def test_heads_are_saved_and_loaded(tmp_path):
         classifier(heads={"cola": HEADS["cola"]}).load_heads(tmp_path)
     with pytest.raises(ValueError, match="does not fit the encoder"):
         load_classifier(models.bert(hidden_size=16).bert, tmp_path)
-    (tmp_path / "heads.json").write_text(json.dumps({"heads": {"a": {"labls": []}}}))
-    with pytest.raises(ValueError, match="damaged"):
-        read_heads(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no heads"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         read_heads(tmp_path / "nowhere")
+    (tmp_path / "heads.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no heads\.safetensors"):
+        load_classifier(models.bert().bert, tmp_path)
+
+
+SPEC = {"labels": ["no", "yes"], "head": None, "offset": 0.0, "scale": 1.0}
+DAMAGED = {
+    "no JSON": "{",
+    "no object": "[]",
+    "another key": {"cola": {"labls": []}},
+    "labels that are a number": {"cola": SPEC | {"labels": 10**12}},
+    "labels that are numbers": {"cola": SPEC | {"labels": [1, 2]}},
+    "a head that is none": {"cola": SPEC | {"head": 3}},
+    "an offset that is none": {"cola": SPEC | {"offset": "0"}},
+    "a scale of infinity": {"cola": SPEC | {"scale": float("inf")}},
+    "a scale of zero": {"cola": SPEC | {"scale": 0}},
+    "no heads": {},
+    "heads that the weights lack": {"cola": SPEC, "other": SPEC},
+    "more labels than the weights have": {"cola": SPEC | {"labels": ["a", "b", "c"]}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_heads_are_refused_and_change_nothing(tmp_path, damage):
+    model = classifier(heads={"cola": HeadSpec(labels=["no", "yes"])})
+    model.save_heads(tmp_path)
+    text = DAMAGED[damage]
+    (tmp_path / "heads.json").write_text(
+        text if isinstance(text, str) else json.dumps({"pooling": "mean", "heads": text})
+    )
+    before = fingerprint(model)
+    for load in (model.load_heads, lambda folder: load_classifier(models.bert().bert, folder)):
+        with pytest.raises(ValueError, match=r"heads\.(json|safetensors)"):
+            load(tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_heads_that_diverged_or_are_cut_are_refused(tmp_path):
+    model = classifier()
+    for name, damage in {
+        "not finite": lambda file: save_file({n: t / 0 for n, t in load_file(file).items()}, file),
+        "heads.safetensors is damaged": lambda file: file.write_bytes(file.read_bytes()[:-10]),
+        "its tensors are not those that were saved": lambda file: file.write_bytes(file.read_bytes()[:-4] + b"abcd"),
+        "outside of the folder": lambda file: (file.rename(tmp_path / "elsewhere"), file.symlink_to("../elsewhere")),
+    }.items():
+        folder = tmp_path / name
+        model.save_heads(folder)
+        damage(folder / "heads.safetensors")
+        before = fingerprint(model)
+        with pytest.raises(ValueError, match=name):
+            model.load_heads(folder)
+        assert_unchanged(model, before)
+
+
+def test_heads_that_diverged_are_not_saved(tmp_path):
+    model = classifier()
+    model.save_heads(tmp_path)
+    before = (tmp_path / "heads.safetensors").read_bytes()
+    model.heads["head_nli"].bias.data[1] = float("nan")
+    with pytest.raises(ValueError, match=r"head_nli\.bias.*training diverged"):
+        model.save_heads(tmp_path)
+    assert (tmp_path / "heads.safetensors").read_bytes() == before
+
+
+def test_heads_of_a_save_that_was_cut_off_between_the_files_count(tmp_path):
+    classifier(heads={"cola": HeadSpec(labels=["no", "yes"])}).save_heads(tmp_path)
+    old = (tmp_path / "heads.json").read_bytes()
+    classifier().save_heads(tmp_path)
+    (tmp_path / "heads.json").write_bytes(old)
+    assert read_heads(tmp_path)[0] == HEADS
 
 
 def test_a_head_can_be_added():

@@ -49,13 +49,10 @@ def more_tensors(name):
     return tensors
 
 
-def write(folder, tensors, pickled=False, **config):
+def write(folder, tensors, **config):
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    if pickled:
-        torch.save(tensors, folder / "adapter_model.bin")
-    else:
-        save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -157,9 +154,9 @@ def test_more(tmp_path, name, dtype):
         assert close(logits(model, name, task_ids=torch.full((4,), task)), expected, dtype)
 
 
-def test_more_with_names_for_its_tasks_from_a_pickle(tmp_path):
+def test_more_with_names_for_its_tasks(tmp_path):
     tensors = more_tensors("bert")
-    source = write(tmp_path / "source", tensors, pickled=True, r=8, lora_alpha=12, target_modules=TARGETS["bert"])
+    source = write(tmp_path / "source", tensors, r=8, lora_alpha=12, target_modules=TARGETS["bert"])
     config = import_checkpoint(source, tmp_path / "ours", tasks=["cola", "mnli"])
     assert config.tasks == ["cola", "mnli"]
     model = load_rank_experts(MODELS["bert"](), tmp_path / "ours").eval()
@@ -182,6 +179,8 @@ def test_what_is_no_checkpoint_of_either(tmp_path):
         (smora | {key: torch.ones(5, 32)}, {}, r"lora_router.weight has shape \(5, 32\), expected \(4, 32\)"),
         (smora | {key: torch.full((4, 32), float("inf"))}, {}, "not finite"),
         (smora, {"activate_r": None}, "activate_r=None: expected a number"),
+        (smora, {"lora_alpha": 0}, "lora_alpha=0: expected a number above 0"),
+        (smora, {"rank_partition": -2}, "rank_partition=-2: expected a number above 0"),
         (smora, {"r": 16}, r"has shape \(8, 32\), expected \(16, 32\)"),
         (more_tensors("bert"), {"r": 4}, "r=4: MoRE's code has gates for 8 ranks"),
     ]
@@ -193,5 +192,10 @@ def test_what_is_no_checkpoint_of_either(tmp_path):
         import_checkpoint(write(tmp_path / "tasks", smora, **values), tmp_path / "ours", tasks=["a"])
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         import_checkpoint(tmp_path / "nowhere", tmp_path / "ours")
+    source = write(tmp_path / "pickled", smora, **values)
+    torch.save(smora, source / "adapter_model.bin")
+    (source / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle"):
+        import_checkpoint(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     assert not list(tmp_path.glob(".ours*"))

@@ -19,7 +19,8 @@ from rank_experts import (
     use_task,
 )
 from rank_experts.layer import RankExpertLinear
-from rank_experts.model import adapted_layers, find_targets
+from rank_experts.model import adapted_layers
+from rank_experts.targets import find_targets
 
 
 def task_ids(kind, size=4):

@@ -22,17 +22,14 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 
 import models
 from gates import GATES, batch, config, logits, peft_model, randomise
-from helpers import TASKS
+from helpers import OLD_PEFT, TASKS
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, use_task
 from rank_experts.layer import RankExpertLinear
 from rank_experts.model import adapted_layers
-
-OLD_PEFT = not hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 pytestmark = pytest.mark.parametrize("gate", GATES)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoTokenizer
 
 from rank_experts.prepare import prepare
@@ -123,6 +124,42 @@ def test_clashing_labels_in_a_shared_head_are_refused(tmp_path):
     file = tmp_path / "recipe.yaml"
     data, _ = prepared(file, *shared, "tasks.last.labels=[no, yes]")
     assert data["first"].head == data["last"].head
+
+
+def test_files_of_several_kinds_in_one_split_are_refused(tmp_path):
+    file = classification(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"'last': files of several kinds in one split: \['train.jsonl', 'last_train.csv'"
+    ):
+        prepared(file, "tasks.last.train=[first/train.jsonl, last_train.csv]")
+
+
+def test_labels_take_the_names_that_the_data_gives_them(tmp_path):
+    file = classification(tmp_path)
+    features = Features(sentence=Value("string"), label=ClassLabel(names=["bad", "good", "unused"]))
+    rows = {"sentence": ["w1 w2", "w3 w4"], "label": [1, 0]}
+    for split in ("train", "validation"):
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / f"named_{split}.parquet")
+    named = ["tasks.last.train=named_train.parquet", "tasks.last.validation=named_validation.parquet"]
+    data, _ = prepared(file, *named, "tasks.last.columns=[sentence]")
+    assert data["last"].head.labels == ["bad", "good", "unused"]
+    assert data["last"].shown[0] == "w1 w2  →  good"
+
+
+def test_classes_that_look_like_numbers_are_refused(tmp_path):
+    file = classification(tmp_path)
+    numbered = ["tasks.first.labels=null"]
+    rewrite(file, lambda row: row.update(label=row["label"] + 0.5))
+    with pytest.raises(
+        ValueError, match=r"'first': 'label' holds 2 different values, such as 0.5. For numbers set reg"
+    ):
+        prepared(file, *numbered)
+    count = iter(range(1000))
+    path = tmp_path / "first" / "train.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines() * 8))
+    rewrite(file, lambda row: row.update(label=next(count)))
+    with pytest.raises(ValueError, match=r"'label' holds 128 different values, such as 0"):
+        prepared(file, *numbered)
 
 
 def test_regression_needs_numbers(tmp_path):

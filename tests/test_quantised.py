@@ -20,7 +20,7 @@ from rank_experts import (
     save_rank_experts,
     unmerge_rank_experts,
 )
-from rank_experts.base_weight import quantisation, read_weight
+from rank_experts.base_weight import keep_weight, quantisation, read_weight, restore_weight, write_weight
 from rank_experts.model import adapted_layers
 
 EVERY = pytest.mark.parametrize("gate", GATES)
@@ -205,3 +205,16 @@ def test_layers_that_are_not_linear_are_refused_by_name(module):
     model = nn.Sequential(module)
     with pytest.raises(TypeError, match=f"0 is a {type(module).__name__}"):
         inject_rank_experts(model, config("dense", target_modules=["0"]))
+
+
+def test_a_merged_weight_is_read_as_it_is_before_any_forward(folder):
+    layer = int8(folder).model.layers[0].self_attn.q_proj
+    layer(torch.ones(1, 64))
+    new = torch.randn(64, 64) * 5
+    write_weight(layer, new)
+    assert (read_weight(layer, "q_proj") - new).abs().max() < 0.1
+    kept = keep_weight(layer)
+    write_weight(layer, new / 7)
+    assert (read_weight(layer, "q_proj") - new / 7).abs().max() < 0.02
+    restore_weight(layer, kept)
+    assert (read_weight(layer, "q_proj") - new).abs().max() < 0.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from rank_experts.recipe import RecipeError, read_recipe, template_columns
@@ -46,6 +48,12 @@ def test_a_good_recipe_is_read(tmp_path):
         ("{sentence}", "{sentence.x}", 8, r"tasks.first: template .*is not a column's name"),
         ("max_steps: 4", "max_step: 4", 20, r"training.max_step: unknown key. The nearest is 'max_steps'"),
         ("training:\n  output_dir: out", "training:\n  seed: 1", 17, r"training: output_dir is missing"),
+        (
+            "columns: [sentence, other]",
+            "columns:\n      - sentence\n      - [other]",
+            17,
+            r"tasks.last.columns.1: .*valid string",
+        ),
         ("tasks:\n", "task:\n", 7, r"task: unknown key. The nearest is 'tasks'"),
         ("  r: 8", "  r: [8", 7, r"expected"),
         ("  r: 8", "  r: 8\n  r: 4", 7, r"duplicate key"),
@@ -103,3 +111,44 @@ def test_templates():
     for bad in ("{a.b}", "{}", "{a!r}", "{a:3}", "{open"):
         with pytest.raises(ValueError, match=r"is not a column|expected"):
             template_columns(bad)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("  max_steps: null", r"training.max_steps: expected a valid integer. Found None"),
+        ("  max_steps: '4'", r"training.max_steps: expected a valid integer. Found '4'"),
+        ("  gradient_accumulation_steps: 0", r"training.gradient_accumulation_steps: expected at least 1. Found 0"),
+        ("  num_train_epochs: .inf", r"training.num_train_epochs: expected a number above 0. Found inf"),
+        ("  router_learning_rate: -1", r"training.router_learning_rate: expected a number above 0. Found -1"),
+    ],
+)
+def test_values_of_training_are_checked(tmp_path, line, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        read_recipe(write(tmp_path, "  max_steps: 4", line))
+    assert "config.yaml:20: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (b"model:\n  name: \xff\n", 2, "not UTF-8 text"),
+        (
+            b"model:\n  name: 2001-99-99\n",
+            2,
+            "'2001-99-99' cannot be read: month must be in 1..12. Put text into quotes",
+        ),
+        (b"model: &a\n  name: *a\n", 1, "contain themselves"),
+        (b"[" * 20_000, 1, "nested too deeply"),
+        (b"a: [" + b"[" * 30 + b"]" * 31, 1, "nested too deeply"),
+        (b"a: &a [" + b"x," * 999 + b"x]\nb: [" + b"*a," * 30 + b"]", 1, "more than 20000 values"),
+        (b"a: " + b"x" * 2**20, 1, "1048579 bytes are too many"),
+        (b"a: 1\n---\nb: 2", 2, "but found another document"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused_with_its_line(tmp_path, text, line, message):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(text)
+    with pytest.raises(RecipeError, match=re.escape(message)) as error:
+        read_recipe(file)
+    assert str(error.value).startswith(f"{file}:{line}: ")

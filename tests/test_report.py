@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from helpers import TASKS, task_config, token_config
-from models import batch, bert, llama, t5
+from helpers import TASKS, dense_config, task_config, token_config
+from models import CheckpointedBlock, batch, bert, llama, t5
 from rank_experts import inject_rank_experts, merge_rank_experts, save_rank_experts, use_task
 from rank_experts.card import CARD_FILE, model_card
 from rank_experts.model import adapted_layers
@@ -163,17 +163,9 @@ def test_a_recomputation_counts_once(kind, use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_block_checkpointed_by_hand_counts_once(use_reentrant):
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = torch.nn.Linear(8, 8)
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=use_reentrant)
-
-    model = inject_rank_experts(Block(), token_config(target_modules=["proj"])).train()
+    model = inject_rank_experts(CheckpointedBlock(use_reentrant), token_config(target_modules=["proj"])).train()
     with record_routing(model) as stats:
-        model(torch.randn(3, 5, 8, requires_grad=True)).sum().backward()
+        model(torch.randn(3, 5, 6, requires_grad=True)).sum().backward()
     assert int(stats.layers()[0].counts.tokens.sum()) == 15
 
 
@@ -406,6 +398,59 @@ def test_files_alone_tell_what_the_model_tells(tmp_path, config):
     if config is token_config:
         line = next(line for line in report.to_text().splitlines() if line.startswith("classifier "))
         assert "-0.100 … +0.230" in line
+
+
+def test_what_the_files_tell_as_json(tmp_path):
+    model = inject_rank_experts(llama(), task_config())
+    save_rank_experts(model, tmp_path)
+    found = json.loads(json.dumps(inspect_adapter(tmp_path).to_dict(), allow_nan=False))
+    assert found["tasks"] == TASKS
+    assert found["config"]["r"] == 4
+    cosines = []
+    layers = dict(adapted_layers(model))
+    assert {told["path"] for told in found["layers"]} == layers.keys()
+    for told in found["layers"]:
+        layer = layers[told["path"]]
+        router = layer.rank_expert_router["default"]
+        assert told["sizes"] == [4, layer.in_features, layer.out_features]
+        assert told["chosen_rank"] == router(torch.arange(3)).indices.tolist()
+        e = router.task_embedding
+        cosines.append(torch.cosine_similarity(e[:, None], e[None], dim=-1))
+    expected = torch.stack(cosines).mean(0).tolist()
+    assert found["task_similarity"] == [pytest.approx(row, abs=1e-5) for row in expected]
+    text = inspect_adapter(tmp_path).to_text()
+    head, *rows = [line.split() for line in text.splitlines() if line.startswith(("task ", *(f"{t} " for t in TASKS)))]
+    assert head == ["task", "mean", "rank", "least", "most", "like", "cola", "like", "mnli", "like", "rte"]
+    ranks = torch.tensor([layer["chosen_rank"] for layer in found["layers"]])
+    for task, name in enumerate(TASKS):
+        own = ranks[:, task]
+        spread = [f"{own.double().mean():.1f}", str(int(own.min())), str(int(own.max()))]
+        assert rows[task] == [name, *spread, *(f"{value:.2f}" for value in expected[task])]
+
+
+def test_a_task_that_was_not_seen_is_null_in_json():
+    model = inject_rank_experts(bert(), token_config())
+    report = routing_report(model, [batch("bert") | {"task_ids": torch.tensor([0, 0, 2, 2])}])
+    usage = json.loads(json.dumps(report.to_dict(), allow_nan=False))["layers"][0]["task_usage"]
+    assert [row[0] is None for row in usage] == [False, True, False]
+
+
+METHODS = {
+    "SMoRA (token-routed ranks)": token_config(),
+    "mixture of LoRAs (token-routed blocks of ranks)": token_config(expert_rank=4, top_k=2),
+    "MoRE (task-routed ranks)": task_config(),
+    "LoRA (no router)": dense_config(),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_and_the_base_model_are_named(tmp_path, method):
+    model = inject_rank_experts(llama(), METHODS[method])
+    model.peft_config["default"].base_model_name_or_path = "some/llama"
+    save_rank_experts(model, tmp_path)
+    facts = inspect_adapter(tmp_path).facts
+    assert facts["method"] == method
+    assert facts["base model"] == "some/llama"
 
 
 def test_an_untrained_adapter_is_called_so(tmp_path):

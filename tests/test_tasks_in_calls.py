@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from helpers import TASKS, assert_same_gradients, gradients, task_config, token_config
-from models import MODELS, batch, llama, t5
+from models import MODELS, CheckpointedBlock, batch, llama, t5
 from rank_experts import inject_rank_experts, use_task
 from rank_experts.model import adapted_layers
 
@@ -223,15 +223,9 @@ def test_checkpointing_with_two_forwards_before_one_backward(make, kind, use_ree
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_block_checkpointed_by_hand_says_what_to_do(use_reentrant):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = nn.Linear(6, 6)
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=use_reentrant)
-
-    model = inject_rank_experts(Block(), task_config(target_modules=["proj"], contrastive_coef=0.0)).train()
+    model = inject_rank_experts(
+        CheckpointedBlock(use_reentrant), task_config(target_modules=["proj"], contrastive_coef=0.0)
+    ).train()
     x = torch.randn(2, 6, requires_grad=True)
     out = model(x, task_ids=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="Where activations are checkpointed by hand"):

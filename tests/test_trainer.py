@@ -18,11 +18,12 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 import models
 from rank_experts import RankExpertConfig, inject_rank_experts
+from rank_experts.callbacks import RankExpertCallback, SaveOnInterrupt
 from rank_experts.heads import HeadSpec, MultiTaskClassifier
 from rank_experts.metrics import METRICS, exact_match, find_metric
 from rank_experts.model import adapted_layers
 from rank_experts.tasks import TaskMixture
-from rank_experts.trainer import RankExpertCallback, RankExpertTrainer, SaveOnInterrupt, chosen_ranks
+from rank_experts.trainer import RankExpertTrainer, chosen_ranks
 
 TASKS = ["first", "last"]
 METRIC = {"first": "accuracy", "last": ["accuracy", "f1"]}
@@ -167,7 +168,7 @@ def test_loads_losses_and_ranks_are_logged(tmp_path):
 def test_load_statistics_are_their_definitions(monkeypatch):
     callback = RankExpertCallback()
     loads = {("a", "default"): torch.tensor([3.0, 1.0, 0.0, 0.0])}
-    monkeypatch.setattr("rank_experts.trainer.update_router_bias", lambda model: loads)
+    monkeypatch.setattr("rank_experts.callbacks.update_router_bias", lambda model: loads)
     for _ in range(2):
         callback.on_optimizer_step(None, TrainerState(), None, model=torch.nn.Linear(1, 1))
     share = np.array([3, 1, 0, 0])
@@ -279,6 +280,10 @@ def test_checkpoints_hold_adapter_and_heads_alone(tmp_path):
     names = set(os.listdir(tmp_path / "checkpoint-2"))
     assert {"adapter_config.json", "adapter_model.safetensors", "heads.json", "heads.safetensors"} <= names
     assert "model.safetensors" not in names
+    run.save_model(str(tmp_path / "saved"))
+    assert set(os.listdir(tmp_path / "saved")) == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "heads.json", "heads.safetensors")
+    }
     # Whatever else is trained must not be lost.
     model = classifier()
     model.encoder.embeddings.word_embeddings.weight.requires_grad = True

@@ -13,8 +13,8 @@ import models
 import rank_experts._warnings
 from gates import GATES, config, peft_model
 from rank_experts import inject_rank_experts, load_rank_experts, save_rank_experts, update_router_bias, use_task
+from rank_experts.callbacks import RankExpertCallback
 from rank_experts.model import adapted_layers
-from rank_experts.trainer import RankExpertCallback
 
 datasets = pytest.importorskip("datasets")
 

@@ -220,10 +220,16 @@ def test_loras_that_do_not_fit_together_or_the_model(tmp_path, loras):
     narrow = train_lora("bert", tmp_path / "narrow", 4, target_modules=["query"])
     with pytest.raises(ValueError, match=r"'math' and 'narrow' adapt different modules, bert\.encoder"):
         from_loras(model, {"math": loras["math"], "narrow": narrow})
-    with pytest.raises(ValueError, match="LlamaForCausalLM does not have"):
-        from_loras(MODELS["llama"](), {"math": loras["math"]})
-    with pytest.raises(ValueError, match=r"lora_A \(4, 32\).*model's layer has 64"):
-        from_loras(MODELS["bert"](hidden_size=64), {"math": loras["math"]})
+    for other, message in (
+        (MODELS["llama"](), "LlamaForCausalLM does not have"),
+        (MODELS["bert"](hidden_size=64), r"lora_A \(4, 32\).*model's layer has 64"),
+    ):
+        untouched = fingerprint(other)
+        with pytest.raises(ValueError, match=rf"'math' \(.*math\).*{message}"):
+            from_loras(other, {"math": loras["math"]})
+        with pytest.raises(ValueError, match=message):
+            from_lora(other, loras["math"])
+        assert_unchanged(other, untouched)
     with pytest.raises(ValueError, match="loras is empty"):
         from_loras(model, {})
     with pytest.raises(ValueError, match="top_k=4 is outside"):
@@ -257,7 +263,11 @@ def test_damaged_files(tmp_path, loras):
     with pytest.raises(FileNotFoundError, match="holds no adapter_model"):
         from_lora(MODELS["bert"](), loras["math"])
     torch.save(tensors, loras["math"] / "adapter_model.bin")
-    from_lora(MODELS["bert"](), loras["math"])
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle.*save it again.*save_pretrained"):
+        from_lora(MODELS["bert"](), loras["math"])
+    file.symlink_to(loras["code"] / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"is a link to .* outside of the folder"):
+        from_lora(MODELS["bert"](), loras["math"])
 
 
 def test_forcing_what_cannot_be_forced(loras):

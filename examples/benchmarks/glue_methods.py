@@ -23,11 +23,13 @@ EXCLUDED = ["pooler.dense"]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method: its adapter, the sampling law, and whether every task has an adapter of its own."""
+    """A method: its adapter, the sampling law, whether every task has an adapter of its own, and, for an ablation,
+    the method whose learning rate it takes."""
 
     adapt: Callable[[nn.Module, list[str]], nn.Module]
     law: str = "balanced"
     per_task: bool = False
+    rate_of: str | None = None
 
 
 def _lora(r: int, alpha: float) -> Callable[[nn.Module, list[str]], nn.Module]:
@@ -65,19 +67,22 @@ MAIN = {
     "more_r8": Method(_ours("more", r=8, alpha=32)),
 }
 
-UPPER = {"lora_r8_per_task": Method(_lora(8, 16), per_task=True)}
+UPPER = {"lora_r8_per_task": Method(_lora(8, 16), per_task=True, rate_of="lora_r8")}
 
 ABLATIONS = {
-    "smora_no_balancing": Method(_ours("smora", r=64, top_k=8, alpha=16, load_balance="none")),
-    "smora_auxiliary_loss": Method(_ours("smora", r=64, top_k=8, alpha=16, load_balance="loss")),
-    "smora_softmax": Method(_ours("smora", r=64, top_k=8, alpha=16, score_function="softmax")),
-    "more_no_contrastive": Method(_ours("more", r=8, alpha=32, contrastive_coef=0.0)),
-    "more_no_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="none")),
-    "more_rank_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="rank")),
-    "more_alpha_16": Method(_ours("more", r=8, alpha=16)),
-    "more_no_straight_through": Method(_ours("more", detach_gates=True, r=8, alpha=32)),
-    "more_random_sampling": Method(_ours("more", r=8, alpha=32), law="proportional"),
+    "smora_no_balancing": Method(_ours("smora", r=64, top_k=8, alpha=16, load_balance="none"), rate_of="smora_r64_k8"),
+    "smora_auxiliary_loss": Method(
+        _ours("smora", r=64, top_k=8, alpha=16, load_balance="loss"), rate_of="smora_r64_k8"
+    ),
+    "smora_softmax": Method(_ours("smora", r=64, top_k=8, alpha=16, score_function="softmax"), rate_of="smora_r64_k8"),
+    "more_no_contrastive": Method(_ours("more", r=8, alpha=32, contrastive_coef=0.0), rate_of="more_r8"),
+    "more_no_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="none"), rate_of="more_r8"),
+    "more_rank_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="rank"), rate_of="more_r8"),
+    "more_alpha_16": Method(_ours("more", r=8, alpha=16), rate_of="more_r8"),
+    "more_no_straight_through": Method(_ours("more", detach_gates=True, r=8, alpha=32), rate_of="more_r8"),
+    "more_random_sampling": Method(_ours("more", r=8, alpha=32), law="proportional", rate_of="more_r8"),
 }
+
 
 METHODS = MAIN | UPPER | ABLATIONS
 

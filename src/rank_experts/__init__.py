@@ -6,8 +6,9 @@ from .config import RankExpertConfig
 from .export import export_lora
 from .files import load_rank_experts, save_rank_experts
 from .importing import import_checkpoint
+from .inject import inject_rank_experts
 from .merge import merge_rank_experts, unmerge_rank_experts
-from .model import RankExpertModel, inject_rank_experts, use_task
+from .model import RankExpertModel, use_task
 from .prune import prune_rank_experts
 from .registration import register
 from .upcycle import from_lora, from_loras

@@ -29,10 +29,10 @@ def in_out_features(module: nn.Module, path: str) -> tuple[int, int]:
     if isinstance(module, nn.Linear) or (all(isinstance(size, int) for size in sizes) and _takes_one_input(module)):
         return sizes  # type: ignore[return-value]
     if stacked := stacked_experts(module):
+        names = [f"{path.rpartition('.')[2]}.{name}" for name in stacked]
         raise TypeError(
-            f"{path} is a {type(module).__name__}, a mixture of experts with the 3-D parameters {stacked}: "
-            "rank experts adapt linear layers, not single parameters. Leave it out of target_modules and adapt the "
-            "attention's projections, or use peft's LoraConfig(target_parameters=[...]) for the experts."
+            f"{path} is a {type(module).__name__}, a mixture of experts with the 3-D parameters {stacked}, which are "
+            f"no linear layers. Leave it out of target_modules, and name its parameters: target_parameters={names}."
         )
     raise TypeError(
         f"{path} is a {type(module).__name__}: rank experts adapt nn.Linear, transformers' Conv1D, and layers of other "

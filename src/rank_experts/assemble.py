@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 from .config import RankExpertConfig
 from .files import load_rank_experts, read_config
 from .heads import HEADS_CONFIG, MultiTaskClassifier, load_classifier
-from .model import inject_rank_experts
+from .inject import inject_rank_experts
 from .prepare import PreparedTask
 from .recipe import OWN_TRAINING_KEYS, Recipe
 from .tasks import TaskMixture

@@ -19,6 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from ._warnings import warn_once
 from .context import Call, RoutingScope, Tasks, bind_checkpointing, check_task_ids, unbind_checkpointing
 
+UNCOMPILED = "models with adapters on a mixture's experts (target_parameters) run uncompiled"
+"""Why, for `torch.compiler.disable`, which quotes it where fullgraph=True was asked for."""
+
 _SILENT_CALLS = 1000
 _UNUSED_LOSSES = 20
 
@@ -52,6 +55,17 @@ class RoutedForward:
 
     def __call__(self, *args: Any, task_ids: Tasks | None = None, **kwargs: Any) -> Any:
         """Forward with a call around it; `task_ids` are (batch,) ids, a task's name, or a name an example."""
+        if torch.compiler.is_compiling() and self.scope.adapts_experts:
+            return self._uncompiled(args, kwargs, task_ids)
+        return self._forward(args, kwargs, task_ids)
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], task_ids: Tasks | None) -> Any:
+        # Which tokens reach an expert is known only when they run, and a call that a graph break cuts would be lost.
+        warn_once(f"torch.compile: {UNCOMPILED}.")
+        return self._forward(args, kwargs, task_ids)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], task_ids: Tasks | None) -> Any:
         if self.role == "model":
             return self._model(args, kwargs, task_ids)
         outer = self.scope.current()

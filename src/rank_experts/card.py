@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ._version import __version__
 from ._warnings import warn_once
 from .config import RankExpertConfig
-from .statistics import TENSOR_NAME, LayerStatistics, layers_of_tensors
-from .storage import replace_file
+from .layout import TENSOR_NAME
+from .staging import write_files
+from .statistics import LayerStatistics, layers_of_tensors
 
 CARD_FILE = "README.md"
 
@@ -105,8 +106,9 @@ def write_card(folder: Path, config: RankExpertConfig, tensors: Mapping[str, Ten
 
     Where the card cannot be written, a warning says so: the adapter is saved and whole without it.
     """
+    card = model_card(config, tensors).encode()
     try:
-        replace_file(folder, CARD_FILE, model_card(config, tensors).encode(), may_replace)
+        write_files(folder, lambda: {CARD_FILE: [card]} if may_replace(folder / CARD_FILE) else {})
     except OSError as error:
         warn_once(f"The adapter is saved in {folder}, but its {CARD_FILE} could not be written: {error}.")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 
+from .checks import as_list, check_count, check_expression, check_names, check_number
 from .storage import read_pair
 
 FORMAT_VERSION = 1
@@ -89,6 +89,9 @@ class RankExpertConfig(PeftConfig):
             for tests.
         target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None: PEFT's
             default for LoRA on this architecture.
+        target_parameters: Names (suffixes) of the parameters that hold a mixture's experts, for instance
+            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: every expert of the base gets an adapter, and a
+            token or task router, of its own. In addition to target_modules.
         exclude_modules: Names or a regular expression of modules to leave out.
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: The name of the model's list of layers, for `layers_to_transform`.
@@ -129,6 +132,9 @@ class RankExpertConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "A Kaiming-uniform and B zero; False: both random."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules to adapt, a regular expression, or 'all-linear'."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of a mixture's expert parameters to adapt."}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of modules to leave out."}
@@ -221,7 +227,7 @@ class RankExpertConfig(PeftConfig):
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
         for name in ("r", "top_k", "expert_rank", "task_embedding_dim"):
             if name != "task_embedding_dim" or self.task_embedding_dim is not None:
-                _check_count(name, getattr(self, name))
+                check_count(name, getattr(self, name))
         limits = {
             "alpha": float("inf"),
             "dropout": 1,
@@ -231,7 +237,7 @@ class RankExpertConfig(PeftConfig):
             "contrastive_temperature": float("inf"),
         }
         for name, high in limits.items():
-            _check_number(name, getattr(self, name), high)
+            check_number(name, getattr(self, name), high)
         if self.contrastive_temperature == 0:
             raise ValueError("contrastive_temperature=0: expected more than 0; the paper's value is 0.05.")
         for name in ("biased_gates", "init_weights", "inference_mode", "share_inputs"):
@@ -261,16 +267,18 @@ class RankExpertConfig(PeftConfig):
             raise ValueError(f"tasks={self.tasks!r}: {', '.join(map(repr, twice))} stands there more than once.")
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            _check_names(name, getattr(self, name), a_name_alone=name != "modules_to_save")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            check_names(name, getattr(self, name), a_name_alone=True)
+        for name in ("target_parameters", "modules_to_save"):
+            check_names(name, getattr(self, name), a_name_alone=False)
         for name in ("target_modules", "exclude_modules"):
             # As LoraConfig: sets make membership tests cheap, and PEFT writes them as lists.
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
             elif isinstance(value, str):
-                _check_expression(name, value)
+                check_expression(name, value)
         if (layers := self.layers_to_transform) is not None:
-            for layer in [layers] if isinstance(layers, int) else _as_list("layers_to_transform", layers):
+            for layer in [layers] if isinstance(layers, int) else as_list("layers_to_transform", layers):
                 if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                     raise TypeError(f"layers_to_transform={layers!r}: expected numbers of layers, found {layer!r}.")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -292,11 +300,11 @@ class RankExpertConfig(PeftConfig):
             for key, value in getattr(self, name).items():
                 if not isinstance(key, str) or not key:
                     raise TypeError(f"{name}={pattern!r}: expected names of modules as keys, found {key!r}.")
-                _check_expression(name, key)
+                check_expression(name, key)
                 if name == "rank_pattern":
-                    _check_count(f"{name}[{key!r}]", value)
+                    check_count(f"{name}[{key!r}]", value)
                 else:
-                    _check_number(f"{name}[{key!r}]", value, float("inf"))
+                    check_number(f"{name}[{key!r}]", value, float("inf"))
 
     def _check_description(self) -> None:
         for name in ("base_model_name_or_path", "revision", "peft_version"):
@@ -371,42 +379,6 @@ def _build(file: Path, values: dict[str, Any]) -> RankExpertConfig:
         return RankExpertConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected a whole number, found {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name}={value}: expected at least 1.")
-
-
-def _check_number(name: str, value: Any, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: expected a number, found {type(value).__name__}.")
-    # An integer may be larger than any float.
-    if not 0 <= value < high or (isinstance(value, int) and value.bit_length() > 1023):
-        raise ValueError(f"{name}={value}: expected a number from 0 up to, not including, {high}.")
-
-
-def _check_names(name: str, value: Any, a_name_alone: bool) -> None:
-    if value is None or (a_name_alone and isinstance(value, str) and value):
-        return
-    for item in _as_list(name, value):
-        if not isinstance(item, str) or not item:
-            raise TypeError(f"{name}={value!r}: expected names, found {item!r}.")
-
-
-def _as_list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, (list, tuple, set, frozenset, range)):
-        raise TypeError(f"{name}={value!r}: expected a list, found {type(value).__name__}.")
-    return list(value)
-
-
-def _check_expression(name: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name}: {value!r} is not a regular expression: {error}.") from None
 
 
 def check_experts(r: int, expert_rank: int, top_k: int, where: str) -> None:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +35,26 @@ _current_call: ContextVar[Call | None] = ContextVar("rank_experts_call", default
 _scope_keys = itertools.count()
 
 
+class Gathered(NamedTuple):
+    """Where tokens come from that a mixture of experts gathered from all over the batch.
+
+    Attributes:
+        tokens: (n,) int64, each one's place among the batch's tokens.
+        num_tokens: N, the batch's.
+        num_examples: B; an example has N / B tokens in a row.
+    """
+
+    tokens: Tensor
+    num_tokens: int
+    num_examples: int
+
+
 class RoutingScope:
     """Shared by the adapted layers of one model: tells its calls from other models' and knows the adapters' tasks.
 
     Attributes:
         tasks: For every adapter with a task router, its task names in the order of their ids.
+        adapts_experts: The experts of a mixture are among the layers, so that forwards run uncompiled.
         traced: The call while `torch.compile` traces a forward; it cannot see context variables.
         groups: Which layers read the same inputs; see `sharing`.
         silent_calls: Training calls since the last `update_router_bias`.
@@ -51,6 +66,7 @@ class RoutingScope:
     def __init__(self) -> None:
         self.key = next(_scope_keys)
         self.tasks: dict[str, tuple[str, ...]] = {}
+        self.adapts_experts = False
         self.traced: Call | None = None
         self.groups: Groups = {}
         self.silent_calls = 0
@@ -60,15 +76,15 @@ class RoutingScope:
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingScope:
         # A copied model is another model: its calls must not be taken for the original's.
         memo[id(self)] = copied = RoutingScope()
-        copied.tasks = dict(self.tasks)
+        copied.__setstate__(self.__getstate__())
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tasks": self.tasks}
+        return {"tasks": dict(self.tasks), "adapts_experts": self.adapts_experts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-        self.tasks = state["tasks"]
+        self.__dict__.update(state)
 
     def current(self) -> Call | None:
         """Return the innermost call of this scope, or None outside of one."""
@@ -91,6 +107,7 @@ class Call:
         mask: (B, L) true where a token is not padding; None: all are tokens.
         target_mask: The same for a decoder that is given labels and no mask.
         labels: The labels that the model was called with, and `num_items` how many the whole step has.
+        gathered: Where the tokens of the layers' inputs come from; None: they are the batch's, in its order.
         memory: What a decoder reads from its encoder, and `memory_mask` which of it is not padding.
         loads: (layer, adapter, counts) reported by token routers.
         losses: (adapter, loss) reported by layers with an auxiliary loss.
@@ -106,6 +123,7 @@ class Call:
     target_mask: Tensor | None = None
     labels: Any = None
     num_items: Any = None
+    gathered: Gathered | None = None
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
     loads: list[tuple[RankExpertLinear, str, Tensor]] = field(default_factory=list)
@@ -122,7 +140,7 @@ class Call:
 
     def fork(self, **changes: Any) -> Call:
         """Return a call with the same tasks, masks and observers that collects its own loads and losses."""
-        inherited = ("tasks", "adapter_names", "mask", "target_mask", "memory", "memory_mask", "observers")
+        inherited = ("tasks", "adapter_names", "mask", "target_mask", "gathered", "memory", "memory_mask", "observers")
         values = {name: getattr(self, name) for name in inherited}
         values.update(changes)
         return Call(self.scope, **values)

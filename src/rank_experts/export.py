@@ -9,22 +9,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_experts import ExpertProjection
 from .calibrate import CalibrationReport, Factors, calibrate
 from .config import RankExpertConfig, nearest
-from .files import PREFIX, WEIGHTS_FILE, adapter_config
-from .folders import staged_folder
+from .files import adapter_config, config_to_json
 from .layer import RankExpertLinear
+from .layout import PREFIX
 from .model import adapted_layers
 from .passes import Batches
 from .routing import TaskRouter, TokenRouter
+from .staging import write_files
+from .storage import CONFIG_FILE, WEIGHTS_FILE
 
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+|base_layer)(?=\.|$)")
 
@@ -68,6 +70,7 @@ def export_lora(
     Raises:
         ValueError: The adapter or the task is unknown, a token gate comes without calibration or another gate with
             it, r is too small, or a tensor is not finite. Nothing is written then.
+        OSError: The disk is full, or the folder cannot be written; what was there before is unchanged.
 
     Example:
         >>> export_lora(model, "rte-lora", task="rte")  # doctest: +SKIP
@@ -79,6 +82,13 @@ def export_lora(
         raise ValueError(
             f"task={task!r}: adapter {adapter_name!r} has router {config.router!r} and knows no tasks. Leave task out."
         )
+    for layer_path, layer in layers.items():
+        if isinstance(layer.base_layer, ExpertProjection):
+            raise ValueError(
+                f"{layer_path} is one of a mixture's experts, which a plain LoRA does not name: it cannot be exported. "
+                "Keep the adapter (save_rank_experts); or merge it, unless it routes by token (merge_rank_experts), "
+                "and save the model."
+            )
     if calibration is not None:
         factors, report = calibrate(
             model,
@@ -89,8 +99,7 @@ def export_lora(
             max_memory_gb=max_memory_gb,
             progress=progress,
         )
-        with staged_folder(path) as folder:
-            _write(folder, model, config, adapter_name, factors, report.r)
+        write_files(path, _checkpoint(model, config, adapter_name, factors, report.r))
         return report
     if config.router == "token":
         raise ValueError(
@@ -103,11 +112,12 @@ def export_lora(
     needed = max(own.A.shape[0] for factors in static.values() for own in factors.values())
     if r is not None and r < needed:
         raise ValueError(f"r={r}: adapter {adapter_name!r} needs {needed} ranks to be exported exactly.")
-    with staged_folder(path) as folder:
-        for name, factors in static.items():
-            own = folder if len(static) == 1 else folder / name
-            own.mkdir(exist_ok=True)
-            _write(own, model, config, adapter_name, factors, r or needed)
+    files: dict[str, list[bytes]] = {}
+    for name, factors in static.items():
+        place = "" if len(static) == 1 else f"{name}/"
+        checkpoint = _checkpoint(model, config, adapter_name, factors, r or needed)
+        files |= {place + file: parts for file, parts in checkpoint.items()}
+    write_files(path, files)
     return None
 
 
@@ -147,14 +157,14 @@ def _exact_factors(layers: dict[str, RankExpertLinear], adapter_name: str, task_
     return factors
 
 
-def _write(
-    folder: Path,
+def _checkpoint(
     model: nn.Module,
     config: RankExpertConfig,
     adapter_name: str,
     factors: dict[str, Factors],
     r: int,
-) -> None:
+) -> dict[str, list[bytes]]:
+    # File name to bytes.
     layers = dict(adapted_layers(model))
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in factors.items():
@@ -169,8 +179,11 @@ def _write(
             raise ValueError(
                 f"{name} has values that are not finite: the adapter's training diverged. Nothing is written."
             )
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _lora_config(model, config, [path.removeprefix(PREFIX) for path in factors], r).save_pretrained(str(folder))
+    lora_config = _lora_config(model, config, [path.removeprefix(PREFIX) for path in factors], r)
+    return {
+        WEIGHTS_FILE: [save(tensors, metadata={"format": "pt"})],
+        CONFIG_FILE: [config_to_json(lora_config).encode()],
+    }
 
 
 def _carried_along(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

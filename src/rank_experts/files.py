@@ -9,23 +9,33 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .card import write_card
 from .config import RankExpertConfig, nearest, read_fields
-from .model import Target, find_targets, inject_rank_experts
-from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, is_finite, read_pair, read_weights, write_pair
-
-PREFIX = "base_model.model."
+from .inject import inject_rank_experts
+from .layout import PREFIX, tensor_shapes
+from .model import adapted_layers
+from .storage import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_tensor,
+    is_finite,
+    parse_weights,
+    read_pair,
+    read_weights,
+    write_pair,
+)
+from .targets import Target, find_targets
 
 
 def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -35,7 +45,8 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
     new one, never a mixture. Processes that save to one folder wait for each other. A model card, README.md, comes
     with them, unless the folder has one that we did not write or that was edited.
 
-    In a distributed run the first process writes. Under FSDP2 all processes must call, because each holds a part.
+    In a distributed run the first process writes. Under FSDP2 and DeepSpeed's ZeRO-3 all processes must call, because
+    each holds a part.
 
     Args:
         model: With the adapter, wrapped in a `PeftModel` or not.
@@ -50,10 +61,11 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
         >>> save_rank_experts(model, "my-adapter")  # doctest: +SKIP
     """
     config = adapter_config(model, adapter_name)
-    tensors = {
-        key: _whole(tensor.detach()).to("cpu").contiguous().clone()
-        for key, tensor in _adapter_tensors(model, adapter_name)
-    }
+    with _gathered(model):
+        tensors = {
+            key: _whole(tensor.detach()).to("cpu").contiguous().clone()
+            for key, tensor in _adapter_tensors(model, adapter_name)
+        }
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise ValueError(
@@ -62,8 +74,22 @@ def save_rank_experts(model: nn.Module, path: str | os.PathLike[str], adapter_na
             )
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
-    write_pair(Path(path), config_to_json(config), tensors)
-    write_card(Path(path), config, tensors)
+    write_adapter(Path(path), config, tensors)
+
+
+def write_adapter(folder: Path, config: RankExpertConfig, tensors: dict[str, Tensor]) -> None:
+    """Write an adapter's two files in one step, and its model card.
+
+    Args:
+        folder: Made where it is missing.
+        config: The adapter's.
+        tensors: By the file's names, contiguous and on the CPU.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; what was there before is unchanged.
+    """
+    write_pair(folder, config_to_json(config), tensors)
+    write_card(folder, config, tensors)
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +109,14 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def config_to_json(config: RankExpertConfig) -> str:
+def _gathered(model: nn.Module) -> AbstractContextManager[None]:
+    # DeepSpeed's ZeRO-3 leaves parameters empty between forwards.
+    own = {id(p) for _, layer in adapted_layers(model) for p in layer.parameters()}
+    parted = [p for p in model.parameters() if hasattr(p, "ds_id") and (p.requires_grad or id(p) in own)]
+    return sys.modules["deepspeed"].zero.GatheredParameters(parted) if parted else nullcontext()
+
+
+def config_to_json(config: PeftConfig) -> str:
     """Return what `adapter_config.json` holds: the fields, sorted, sets as sorted lists, inference_mode on."""
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     values["inference_mode"] = True
@@ -219,20 +252,8 @@ def expected_tensors(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
-        layer = f"{PREFIX}{path}.rank_expert_"
-        shapes[f"{layer}A"] = (target.r, target.d_in)
-        shapes[f"{layer}B"] = (target.d_out, target.r)
-        if config.router == "token":
-            num_experts = target.r // config.expert_rank
-            shapes[f"{layer}router.weight"] = (num_experts, target.d_in)
-            shapes[f"{layer}router.balance_bias"] = (num_experts,)
-        elif config.router == "task":
-            width = config.task_embedding_dim or target.d_in
-            shapes[f"{layer}router.task_embedding"] = (len(config.tasks or ()), width)
-            shapes[f"{layer}router.gate_weight"] = (target.r, width)
-            shapes[f"{layer}router.gate_bias"] = (target.r,)
-            if width != target.d_in:
-                shapes[f"{layer}router.projection"] = (width, target.d_in)
+        own = tensor_shapes(config, target.r, target.d_in, target.d_out)
+        shapes |= {f"{PREFIX}{path}.rank_expert_{name}": shape for name, shape in own.items()}
     shapes.update(_saved_modules(model, config))
     shapes.update(_biases(model, config, targets))
     return shapes
@@ -325,7 +346,7 @@ def check_tensors(
 
     Args:
         folder: Where it lies, for messages.
-        weights: Its bytes; parsing them takes as much memory again, whatever the header claims.
+        weights: Its bytes.
         expected: Name to shape.
         config: The adapter's, for messages.
         optional: Name to shape of what may be there too.
@@ -340,10 +361,7 @@ def check_tensors(
     file = folder / WEIGHTS_FILE
     trained_on = f" The adapter was trained on {config.base_model_name_or_path!r}: is this that model?"
     hint = trained_on if config.base_model_name_or_path else " Is this the model that the adapter was trained on?"
-    try:
-        tensors = load(weights)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}. Save or download the adapter again.") from None
+    tensors = parse_weights(file, weights)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{file} lacks {_few(missing)}.{hint}")
     expected = expected | {name: shape for name, shape in (optional or {}).items() if name in tensors}

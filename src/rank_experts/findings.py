@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .config import RankExpertConfig
-from .statistics import LayerStatistics
+from .statistics import LayerStatistics, mean_similarity
 
 _FEW_TOKENS = 10.0
 _FEW_DEAD = 0.01
@@ -128,12 +128,10 @@ def _collapsed(layers: Sequence[LayerStatistics]) -> list[Finding]:
 
 
 def _alike(layers: Sequence[LayerStatistics]) -> list[Finding]:
-    similarities = [(layer.embedding_similarity, layer.tasks) for layer in layers]
-    known = [similarity for similarity, _ in similarities if similarity is not None]
-    if not known or len(layers[0].tasks) < 2:
+    mean = mean_similarity(layers)
+    if mean is None or len(layers[0].tasks) < 2:
         return []
     tasks = layers[0].tasks
-    mean = torch.stack(known).mean(0)
     pairs = [(i, j) for i in range(len(tasks)) for j in range(i) if float(mean[i, j]) > _SAME_EMBEDDING]
     return [
         Finding("warning", f"{tasks[j]} and {tasks[i]} have nearly the same embeddings (cosine {mean[i, j]:.2f}).")

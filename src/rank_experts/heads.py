@@ -7,6 +7,7 @@ single output for a task whose labels are numbers. Tasks may share a head where 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,16 +16,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .context import check_task_ids
 from .model import routing_scopes
 from .routing import pool_examples
+from .storage import PairNames, check_tensor, is_finite, parse_weights, read_pair, read_weights, write_pair
 
-HEADS_FILE = "heads.safetensors"
 HEADS_CONFIG = "heads.json"
+HEADS_FILES = PairNames(HEADS_CONFIG, "heads.safetensors")
+_POOLINGS = ("mean", "first", "last")
 
 
 @dataclass
@@ -107,7 +109,7 @@ class MultiTaskClassifier(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(heads)
-        if pooling not in ("mean", "first", "last"):
+        if pooling not in _POOLINGS:
             raise ValueError(f"pooling={pooling!r}: expected 'mean', 'first' or 'last'.")
         self.encoder = encoder
         self.config: Any = encoder.config  # `Trainer` looks at it
@@ -221,24 +223,31 @@ class MultiTaskClassifier(nn.Module):
         self.encoder.gradient_checkpointing_enable(**kwargs)
 
     def save_heads(self, path: str | os.PathLike[str]) -> None:
-        """Write `heads.json` and `heads.safetensors` into a folder, beside the adapter's files."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        description = {"pooling": self.pooling, "heads": {task: asdict(spec) for task, spec in self.specs.items()}}
-        (folder / HEADS_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.heads.state_dict().items()}, folder / HEADS_FILE)
-
-    def load_heads(self, path: str | os.PathLike[str]) -> None:
-        """Read `heads.safetensors` back into the heads of this model.
+        """Write `heads.json` and `heads.safetensors` into a folder, beside the adapter's files, in one step.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: The tasks, or the shapes of their heads, differ; nothing is loaded then.
+            ValueError: A head has values that are not finite; nothing is written then.
+            OSError: The disk is full, or the folder cannot be written; what was there before is unchanged.
         """
-        heads, _ = read_heads(path)
-        if heads != self.specs:
-            raise ValueError(f"{path} has the heads {heads}; the model has {self.specs}.")
-        self.heads.load_state_dict(load_file(Path(path) / HEADS_FILE))
+        for name, tensor in self.heads.state_dict().items():
+            if not is_finite(tensor):
+                raise ValueError(f"{name} has values that are not finite: the training diverged. Nothing is written.")
+        description = {"pooling": self.pooling, "heads": {task: asdict(spec) for task, spec in self.specs.items()}}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.heads.state_dict().items()}
+        write_pair(Path(path), json.dumps(description, indent=2) + "\n", tensors, HEADS_FILES)
+
+    def load_heads(self, path: str | os.PathLike[str]) -> None:
+        """Read the heads of a folder back into this model.
+
+        Raises:
+            FileNotFoundError: There are none.
+            ValueError: The files are damaged, or the tasks or the shapes of their heads differ; nothing is loaded then.
+        """
+        specs, _, tensors = _read(Path(path))
+        if specs != self.specs:
+            raise ValueError(f"{path} has the heads {specs}; the model has {self.specs}.")
+        _check_fit(Path(path), tensors, self.config.hidden_size)
+        self.heads.load_state_dict(tensors)
 
 
 def read_heads(path: str | os.PathLike[str]) -> tuple[dict[str, HeadSpec], str]:
@@ -246,19 +255,61 @@ def read_heads(path: str | os.PathLike[str]) -> tuple[dict[str, HeadSpec], str]:
 
     Raises:
         FileNotFoundError: The folder holds no heads.
-        ValueError: The file is damaged.
+        ValueError: A file is damaged, or lies outside of the folder.
     """
-    file = Path(path) / HEADS_CONFIG
-    if not file.is_file() or not (file.parent / HEADS_FILE).is_file():
-        raise FileNotFoundError(f"{path} holds no {HEADS_CONFIG} and {HEADS_FILE}, as MultiTaskClassifier writes them.")
+    return _read(Path(path))[:2]
+
+
+def _read(folder: Path) -> tuple[dict[str, HeadSpec], str, dict[str, Tensor]]:
+    # Checked against each other, so that what is allocated for them is no more than what the files hold.
+    pair = read_pair(folder, names=HEADS_FILES)
+    file = folder / HEADS_CONFIG
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-        return {task: HeadSpec(**spec) for task, spec in description["heads"].items()}, description["pooling"]
-    except (ValueError, KeyError, TypeError) as error:
+        description = json.loads(pair.config)
+        specs = {task: HeadSpec(**spec) for task, spec in description["heads"].items()}
+        for task, spec in specs.items():
+            _check_spec(task, spec)
+        check_heads(specs)
+        if (pooling := description["pooling"]) not in _POOLINGS:
+            raise ValueError(f"pooling={pooling!r}: expected 'mean', 'first' or 'last'")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error!r}.") from None
+    weights = read_weights(folder, name=HEADS_FILES.weights) if pair.weights is None else pair.weights
+    tensors = parse_weights(folder / HEADS_FILES.weights, weights)
+    widths = {_key(spec.head or task): spec.width for task, spec in specs.items()}
+    expected = {f"{key}.{leaf}" for key in widths for leaf in ("weight", "bias")}
+    if differing := sorted(expected ^ tensors.keys()):
+        raise ValueError(f"{folder / HEADS_FILES.weights} does not fit {file}: {differing[0]} is in one of them alone.")
+    for name, tensor in tensors.items():
+        key, _, leaf = name.rpartition(".")
+        inputs = tuple(tensor.shape[1:]) if leaf == "weight" and tensor.dim() == 2 else (0,)
+        shape = (widths[key], *inputs) if leaf == "weight" else (widths[key],)
+        check_tensor(f"{folder / HEADS_FILES.weights}: {name}", tensor, shape)
+    return specs, pooling, tensors
 
 
-def load_classifier(encoder: nn.Module, path: str | os.PathLike[str]) -> MultiTaskClassifier:
+def _check_spec(task: str, spec: HeadSpec) -> None:
+    labels = spec.labels
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise TypeError(f"task {task!r}: labels={labels!r}: expected a list of names, or null")
+    if spec.head is not None and not isinstance(spec.head, str):
+        raise TypeError(f"task {task!r}: head={spec.head!r}: expected a name, or null")
+    for name in ("offset", "scale"):
+        value = getattr(spec, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise TypeError(f"task {task!r}: {name}={value!r}: expected a number")
+
+
+def _check_fit(folder: Path, tensors: dict[str, Tensor], width: int) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and tensor.shape[1] != width:
+            raise ValueError(
+                f"{folder / HEADS_FILES.weights} does not fit the encoder: {name} takes {tensor.shape[1]} inputs, the "
+                f"encoder gives {width}. Is this the model that the heads were trained on?"
+            )
+
+
+def load_classifier(encoder: Any, path: str | os.PathLike[str]) -> MultiTaskClassifier:
     """Build a classifier around an encoder (with its adapter) from the heads of a folder.
 
     Raises:
@@ -268,12 +319,10 @@ def load_classifier(encoder: nn.Module, path: str | os.PathLike[str]) -> MultiTa
     Example:
         >>> model = load_classifier(load_rank_experts(encoder, path), path)  # doctest: +SKIP
     """
-    heads, pooling = read_heads(path)
-    model = MultiTaskClassifier(encoder, heads, pooling)
-    try:
-        model.load_heads(path)
-    except RuntimeError as error:
-        raise ValueError(f"{Path(path) / HEADS_FILE} does not fit the encoder: {error}") from None
+    specs, pooling, tensors = _read(Path(path))
+    _check_fit(Path(path), tensors, encoder.config.hidden_size)
+    model = MultiTaskClassifier(encoder, specs, pooling)
+    model.heads.load_state_dict(tensors)
     return model
 
 

@@ -17,13 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import RankExpertConfig
-from .files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, config_to_json
-from .folders import staged_folder
+from .files import write_adapter
+from .layout import PREFIX
 from .lora_files import read_adapter_config, read_adapter_tensors
+from .storage import CONFIG_FILE
 
 _SMORA = ("lora_A.weight", "lora_B.weight", "lora_router.weight", "lora_biases")
 _MORE = (
@@ -47,7 +47,8 @@ def import_checkpoint(
     single ranks where not. A MoRE checkpoint becomes one with `rank_scaling="rank"`.
 
     Args:
-        source: With `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin`.
+        source: With `adapter_config.json` and `adapter_model.safetensors`. An `adapter_model.bin` is a pickle and is
+            not read; if you trust it, `safetensors.torch.save_file(torch.load(file, weights_only=True), …)` converts.
         target: The folder to write; it appears when it is complete.
         tasks: Names for MoRE's tasks in the order of their ids, up to 8; None: "task0" … "task7".
 
@@ -84,9 +85,7 @@ def import_checkpoint(
             f"{source} is a checkpoint of neither paper's code: its layers hold {found}. Expected {list(_SMORA)} "
             f"(SMoRA) or {list(_MORE)} (MoRE) in each. Plain LoRAs are read by from_lora and from_loras."
         )
-    with staged_folder(target) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
+    write_adapter(Path(target), config, tensors)
     return config
 
 

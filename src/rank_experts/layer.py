@@ -17,7 +17,7 @@ from .adaptable import in_out_features
 from .context import Call, RoutingScope, task_ids_of_layer
 from .mergeable import MergeableLayer
 from .ops import Adapted, Reader, rank_experts
-from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples
+from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples, pool_gathered
 
 
 class AdapterSettings(NamedTuple):
@@ -219,13 +219,7 @@ class RankExpertLinear(nn.Module, MergeableLayer):
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
-            mask = call.token_mask(x)
-            example_ids = _one_id_an_example(ids, x)
-            examples = x.reshape(example_ids.shape[0], -1, self.in_features)
-            mask = None if mask is None else mask.view(examples.shape[:2])
-            pooled = pool_examples(examples, mask, settings.pooling)
-            present = None if mask is None else mask.any(1)
-            loss = router.contrast(pooled, example_ids, settings.contrastive_temperature, present)
+            loss = self._contrast(router, ids, x, settings, call)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
         routing: Routing = router(ids)
         self._observe(routing, x, adapter_name)
@@ -233,6 +227,22 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             return routing.gates, router.r  # An accelerator would have to be waited for.
         used = int(routing.indices.max())
         return routing.gates[:, :used], used
+
+    def _contrast(self, router: TaskRouter, ids: Tensor, x: Tensor, settings: AdapterSettings, call: Call) -> Tensor:
+        mask = call.token_mask(x)
+        if call.gathered is not None:
+            tokens, num_tokens, num_examples = call.gathered
+            example = tokens // (num_tokens // num_examples)
+            pooled, present = pool_gathered(x, example, tokens, num_examples, mask, settings.pooling)
+            ids = ids.new_zeros(num_examples).scatter(0, example, ids.expand(len(tokens)))
+            return router.contrast(pooled, ids, settings.contrastive_temperature, present)
+        example_ids = _one_id_an_example(ids, x)
+        examples = x.reshape(example_ids.shape[0], -1, self.in_features)
+        mask = None if mask is None else mask.view(examples.shape[:2])
+        pooled = pool_examples(examples, mask, settings.pooling)
+        return router.contrast(
+            pooled, example_ids, settings.contrastive_temperature, None if mask is None else mask.any(1)
+        )
 
     def _wants_routing(self, adapter_name: str) -> bool:
         # Beyond the choice itself: the probabilities, for the balancing loss or for whoever watches.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base_experts import ExpertProjection
 from .config import RankExpertConfig, nearest
 from .layer import RankExpertLinear
 from .model import adapted_layers
@@ -133,8 +134,8 @@ def identify_task(model: nn.Module, inputs: Mapping[str, Any], adapter_name: str
         `TaskGuess`.
 
     Raises:
-        ValueError: The adapter is not there, does not route by task, or contrastive_coef is 0, so that its
-            embeddings were never drawn to their tasks' inputs.
+        ValueError: The adapter is not there, does not route by task, adapts a mixture's experts alone, or
+            contrastive_coef is 0, so that its embeddings were never drawn to their tasks' inputs.
 
     Example:
         >>> guess = identify_task(model, tokenizer("A man inspects a uniform.", return_tensors="pt"))  # doctest: +SKIP
@@ -146,6 +147,12 @@ def identify_task(model: nn.Module, inputs: Mapping[str, Any], adapter_name: str
         raise ValueError(
             f"Adapter {adapter_name!r} was trained with contrastive_coef=0: its task embeddings say nothing of "
             "inputs. Train it with contrastive_coef > 0, 0.1 in the paper."
+        )
+    layers = [layer for layer in layers if not isinstance(layer.base_layer, ExpertProjection)]
+    if not layers:
+        raise ValueError(
+            f"Adapter {adapter_name!r} adapts a mixture's experts alone, whose inputs are tokens from all over the "
+            "batch. Name linear layers in target_modules too, the attention's for instance."
         )
     tasks = list(config.tasks or ())
     given = {name: value for name, value in inputs.items() if name not in ("task_ids", "labels")}

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from .config import parse_json
+from .layout import PREFIX
+from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, parse_weights, read_config_bytes, read_weights
 
 # Options of LoraConfig that change what a checkpoint computes, and the values that leave it a plain LoRA.
 _PLAIN = {
@@ -59,7 +56,7 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraCheckpoint:
     """Read a PEFT LoRA checkpoint: any ranks, alphas, patterns, rank-stabilised or not.
 
     Args:
-        folder: With `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+        folder: With `adapter_config.json` and `adapter_model.safetensors`; a pickle is not read.
 
     Raises:
         FileNotFoundError: The folder or a file is missing.
@@ -117,46 +114,20 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: Not a JSON object.
+        ValueError: Not a JSON object, not a regular file, or a link out of the folder.
     """
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        what = "is not a folder" if not folder.is_dir() else f"holds no {CONFIG_FILE}"
-        raise FileNotFoundError(f"{folder} {what}. Expected an adapter that PEFT saved.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}: expected an object of config fields.")
-    return values
+    return parse_json(folder / CONFIG_FILE, read_config_bytes(folder))
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read `adapter_model.safetensors` or `adapter_model.bin`, and check that the tensors are finite.
+    """Read an `adapter_model.safetensors` of any method, and check that the tensors are finite.
 
     Raises:
-        FileNotFoundError: There is neither.
-        ValueError: Damaged, no tensors, or not finite.
+        FileNotFoundError: There is none; a pickle is not read.
+        ValueError: Damaged, not floating-point, or not finite.
     """
-    file, pickled = folder / WEIGHTS_FILE, folder / "adapter_model.bin"
-    try:
-        if file.is_file():
-            tensors = load_file(file)
-        elif pickled.is_file():
-            file = pickled
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE} and no adapter_model.bin.")
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{file} holds a {type(tensors).__name__}: expected a dict of tensors.")
+    file = folder / WEIGHTS_FILE
+    tensors = parse_weights(file, read_weights(folder))
     for key, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{file}: {key} is no floating-point tensor.")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{file}: {key} has values that are not finite. The training that wrote it diverged.")
+        check_tensor(f"{file}: {key}", tensor, tuple(tensor.shape))
     return tensors

@@ -6,6 +6,7 @@ from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .base_experts import ExpertProjection, RankExpertExperts
 from .boundary import uninstall
 from .layer import RankExpertLinear
 from .model import adapted_layers, merging
@@ -59,7 +60,9 @@ def merge_rank_experts(
 def _unload(model: nn.Module, adapter_names: list[str] | None) -> None:
     for path, module in list(model.named_modules()):
         parent, _, name = path.rpartition(".")
-        if isinstance(module, RankExpertLinear):
+        if isinstance(module, RankExpertExperts) or (
+            isinstance(module, RankExpertLinear) and not isinstance(module.base_layer, ExpertProjection)
+        ):
             setattr(model.get_submodule(parent), name, module.get_base_layer())
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kept = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=adapter_names)

@@ -1,157 +1,44 @@
-"""Rank experts as a PEFT method: injection, tasks for a block of calls, and registration with PEFT.
+"""Rank experts as a PEFT method: the tuner, and tasks for a block of calls.
 
-Target matching, several adapters and modules_to_save are PEFT's own code (`BaseTuner`). What is ours is said here:
-the layer that takes a target's place, checks before anything changes, and how `task_ids` reach the layers.
+Walking through the model, several adapters and modules_to_save are PEFT's own code (`BaseTuner`). What is ours is said
+here: the layer that takes a target's place, and how `task_ids` reach the layers. What may be a target: `targets.py`.
 """
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
-from peft import PeftModel
 from peft.tuners import tuners_utils
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ._warnings import warn_once
-from .adaptable import in_out_features, stacked_experts
+from .base_experts import RankExpertExperts
 from .boundary import RoutedForward, install_model, uninstall
-from .config import RankExpertConfig, check_experts, nearest
+from .config import RankExpertConfig
 from .context import Call, RoutingScope, Tasks, resolve_task_ids
 from .layer import AdapterSettings, RankExpertLinear
 from .routing import TaskRouter, TokenRouter
 from .storage import check_tensor, is_finite
+from .targets import Target, check_target, expert_targets, find_targets, targets_parameter
 
-# What PeftModel's classes by task type train and save in full.
-_HEADS: dict[str | None, tuple[str, ...]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-class Target(NamedTuple):
-    """A module that a config adapts.
-
-    Attributes:
-        module: The base layer, or a `RankExpertLinear` that holds other adapters already.
-        r: Ranks, after rank_pattern.
-        alpha: After alpha_pattern.
-        d_in: Input features.
-        d_out: Output features.
-    """
-
-    module: nn.Module
-    r: int
-    alpha: float
-    d_in: int
-    d_out: int
-
-
-def find_targets(model: nn.Module, config: RankExpertConfig) -> dict[str, Target]:
-    """Find what a config adapts in a model, and check that it can. Changes neither.
-
-    Args:
-        model: The base model, with or without adapters already.
-        config: What to look for.
-
-    Returns:
-        Module path to `Target`, in the model's order.
-
-    Raises:
-        ValueError: Nothing matches (the message names the nearest module), or a layer's ranks do not divide into
-            experts, or top_k is more than it has.
-        TypeError: A match is not a linear layer.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU())
-        >>> list(find_targets(model, RankExpertConfig(target_modules=["0"], r=8)))
-        ['0']
-    """
-    config = copy.deepcopy(config)
-    if config.target_modules is None:
-        config.target_modules = _default_targets(model)
-    if config.target_modules == "all-linear":
-        _warn_of_experts(model)
-    config = tuners_utils._maybe_include_all_linear_layers(config, model)
-    targets: dict[str, Target] = {}
-    adapted: list[str] = []
-    for path, module in model.named_modules():
-        if not path or any(path.startswith(prefix) for prefix in adapted):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            adapted.append(path + ".")
-        matched = tuners_utils.check_target_module_exists(config, path)
-        if matched and not isinstance(matched, tuners_utils._ExcludedModule):
-            targets[path] = _check_target(path, module, config)
-    if not targets:
-        raise ValueError(_no_match_message(model, config))
-    return targets
-
-
-def _warn_of_experts(model: nn.Module) -> None:
-    left_out = [path for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
-    if left_out := [path for path in left_out if stacked_experts(model.get_submodule(path))]:
-        warn_once(
-            f'target_modules="all-linear" leaves out the {len(left_out)} mixtures of experts of {type(model).__name__} '
-            f"({left_out[0]}, …): their weights are 3-D parameters, which rank experts do not adapt."
-        )
-
-
-def _default_targets(model: nn.Module) -> set[str]:
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-    if (names := TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)) is None:
-        raise ValueError(
-            f"target_modules is not set and PEFT has no default for model type {model_type!r}. "
-            'Name the modules to adapt, or use target_modules="all-linear".'
-        )
-    return set(names)
-
-
-def _check_target(path: str, module: nn.Module, config: RankExpertConfig) -> Target:
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, RankExpertLinear):
-        raise TypeError(
-            f"{path} is already adapted by {type(module).__module__}.{type(module).__name__}, another PEFT method. "
-            "Unload or merge that adapter first, or leave the module out of target_modules."
-        )
-    if isinstance(module, RankExpertLinear):
-        d_in, d_out = module.in_features, module.out_features
-    else:
-        d_in, d_out = in_out_features(module, path)
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), path), config.alpha)
-    if config.router == "token":
-        check_experts(r, config.expert_rank, config.top_k, where=path)
-    return Target(module, r, alpha, d_in, d_out)
-
-
-def _no_match_message(model: nn.Module, config: RankExpertConfig) -> str:
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = sorted({path.rpartition(".")[2] for path in linear})
-    wanted = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
-    asked = [wanted] if isinstance(wanted, str) else wanted
-    hint = nearest(asked[0].rpartition(".")[2], names) if asked else ""
-    parts = [f"No module of {type(model).__name__} matches target_modules={wanted!r}"]
-    for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
-        if (value := getattr(config, name)) not in (None, [], set()):
-            parts.append(f"{name}={value!r}")
-    return f"{', '.join(parts)}.{hint} Its linear layers are called {names}."
+# PEFT looks for matches among the modules alone; `find_targets` knows the parameters too, and warns itself.
+_SAID_OF_PARAMETERS = (
+    r"The following (rank|alpha)_pattern keys did not match any targeted module",
+    r"You have passed exclude_modules=.* but no modules were excluded",
+)
 
 
 class RankExpertModel(BaseTuner):
     """A model with rank-expert adapters, as `get_peft_model` makes it: PEFT's tuner of type RANK_EXPERTS.
 
-    Args:
-        model: The base model; its modules are replaced in place.
-        peft_config: A `RankExpertConfig`, or a dict of adapter name to one.
-        adapter_name: The new adapter's name.
+    PEFT makes it, with the base model, whose modules are replaced in place, a `RankExpertConfig` and the adapter's
+    name.
 
     Example:
         >>> from peft import get_peft_model
@@ -196,31 +83,63 @@ class RankExpertModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if parameter_name is not None:
-            raise ValueError(f"{current_key}: rank experts adapt modules, not single parameters ({parameter_name}).")
-        found = _check_target(current_key, target, peft_config)
-        if isinstance(target, RankExpertLinear):
-            layer = target
-        else:
-            scope = next((layer.scope for _, layer in adapted_layers(self.model)), None) or RoutingScope()
-            layer = RankExpertLinear(target, path=current_key, scope=scope)
-        if peft_config.router == "task":
-            layer.scope.tasks[adapter_name] = tuple(peft_config.tasks or ())
-        layer.add_adapter(
-            adapter_name,
-            r=found.r,
-            settings=_settings(peft_config, found.alpha),
-            router=_router(peft_config, found),
-            dropout=peft_config.dropout,
-            init_weights=peft_config.init_weights,
-        )
+            path = current_key.removesuffix(f".{parameter_name}")
+            if targets_parameter(peft_config, path, parameter_name):
+                self._adapt_experts(peft_config, adapter_name, target, target_name, parent, path, parameter_name)
+            return
+        found = check_target(current_key, target, peft_config)
+        layer = target if isinstance(target, RankExpertLinear) else None
+        if layer is None:
+            layer = RankExpertLinear(target, path=current_key, scope=self._scope_or_new())
+        self._add_adapter(layer, peft_config, adapter_name, found)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _adapt_experts(
+        self,
+        config: RankExpertConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        path: str,
+        parameter_name: str,
+    ) -> None:
+        # PEFT names the module that holds the parameter: bare, wrapped by an earlier call, or within its wrapper.
+        experts = next((module for module in (parent, target) if isinstance(module, RankExpertExperts)), None)
+        base = target if experts is None else experts.base_layer
+        targets = expert_targets(path, base, parameter_name, config)
+        if experts is None:
+            experts = RankExpertExperts(target, path, self._scope_or_new())
+            self._replace_module(parent, target_name, experts, target)
+        for layer, found in zip(experts.adapted(parameter_name), targets, strict=True):
+            self._add_adapter(layer, config, adapter_name, found)
+
+    def _scope_or_new(self) -> RoutingScope:
+        return next((layer.scope for _, layer in adapted_layers(self.model)), None) or RoutingScope()
+
+    def _add_adapter(
+        self, layer: RankExpertLinear, config: RankExpertConfig, adapter_name: str, target: Target
+    ) -> None:
+        if config.router == "task":
+            layer.scope.tasks[adapter_name] = tuple(config.tasks or ())
+        layer.add_adapter(
+            adapter_name,
+            r=target.r,
+            settings=_settings(config, target.alpha),
+            router=_router(config, target),
+            dropout=config.dropout,
+            init_weights=config.init_weights,
+        )
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as `BaseTuner` does, then put a call around the model's forward."""
-        super().inject_adapter(model, *args, **kwargs)
+        with warnings.catch_warnings():
+            for text in _SAID_OF_PARAMETERS if self.peft_config[adapter_name].target_parameters else ():
+                warnings.filterwarnings("ignore", text)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         install_model(model, self.scope)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -242,15 +161,7 @@ class RankExpertModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = tuners_utils._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        if missing := sorted(expected.keys() - remapped.keys()):
-            raise ValueError(f"The state dict for adapter {adapter_name!r} lacks {missing[0]} ({len(missing)} in all).")
-        if unknown := sorted(name for name in remapped.keys() - expected.keys() if f".{cls.prefix}" in name):
-            raise ValueError(f"Adapter {adapter_name!r} has no {unknown[0]} ({len(unknown)} such tensors were given).")
-        for name, tensor in remapped.items():
-            if name in expected:
-                check_tensor(f"the state dict's {name}", tensor, tuple(expected[name].shape))
-            elif not is_finite(tensor):
-                raise ValueError(f"The state dict's {name} has values that are not finite.")
+        check_state_dict(adapter_name, {name: tuple(tensor.shape) for name, tensor in expected.items()}, remapped)
         return remapped
 
     def generate(self, *args: Any, task_ids: Tasks | None = None, **kwargs: Any) -> Any:
@@ -313,10 +224,40 @@ class RankExpertModel(BaseTuner):
         with merging(self.model, adapter_names, safe_merge, task):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, RankExpertExperts):
+            # PEFT would give the module of experts a `weight`, as if it were a linear layer.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         uninstall(model)
         return model
+
+
+def check_state_dict(adapter_name: str, expected: dict[str, tuple[int, ...]], given: dict[str, Tensor]) -> None:
+    """Refuse a state dict that lacks, adds or bends a tensor of an adapter.
+
+    Args:
+        adapter_name: For messages.
+        expected: Name to shape of the adapter's tensors in the model, in the names of the model's state dict.
+        given: What is to be loaded, modules_to_save among it.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    if missing := sorted(expected.keys() - given.keys()):
+        raise ValueError(f"The state dict for adapter {adapter_name!r} lacks {missing[0]} ({len(missing)} in all).")
+    prefix = f".{RankExpertModel.prefix}"
+    if unknown := sorted(name for name in given.keys() - expected.keys() if prefix in name):
+        raise ValueError(f"Adapter {adapter_name!r} has no {unknown[0]} ({len(unknown)} such tensors were given).")
+    for name, tensor in given.items():
+        if name in expected:
+            check_tensor(f"the state dict's {name}", tensor, expected[name])
+        elif not is_finite(tensor):
+            raise ValueError(f"The state dict's {name} has values that are not finite.")
 
 
 def _settings(config: RankExpertConfig, alpha: float) -> AdapterSettings:
@@ -406,59 +347,6 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RankExpertLinear]]:
 def routing_scopes(model: nn.Module) -> list[RoutingScope]:
     """Return the scopes of a model's adapted layers: one, or several where parts were injected apart."""
     return list({id(layer.scope): layer.scope for _, layer in adapted_layers(model)}.values())
-
-
-def inject_rank_experts(
-    model: nn.Module,
-    config: RankExpertConfig,
-    adapter_name: str = "default",
-    *,
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-) -> nn.Module:
-    """Put rank-expert adapters into a model, in place, and freeze the rest.
-
-    Args:
-        model: Any model with linear layers; it keeps its class and its methods.
-        config: What to inject and where. A task_type whose head is new to the model (SEQ_CLS, TOKEN_CLS,
-            QUESTION_ANS) adds that head to modules_to_save, as `get_peft_model` does.
-        adapter_name: A name that the model does not have yet. The new adapter becomes the active one.
-        autocast_adapter_dtype: Keep the adapter in float32 where the base is float16 or bfloat16, as PEFT does.
-        low_cpu_mem_usage: Create the adapter on the meta device, to be filled by loading.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: Nothing matches the config's target_modules, the ranks do not divide into experts, or the name
-            exists. The model is untouched then.
-        TypeError: A matched module is not a linear layer, or `config` is not a `RankExpertConfig`.
-
-    Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-        >>> config = RankExpertConfig.smora(r=16, top_k=4, target_modules=["query", "value"])
-        >>> model = inject_rank_experts(model, config)
-    """
-    if not isinstance(config, RankExpertConfig):
-        raise TypeError(f"config is a {type(config).__name__}: expected a RankExpertConfig, for instance .smora().")
-    if isinstance(model, PeftModel):
-        raise TypeError("model is a PeftModel already: add an adapter with model.add_adapter(name, config).")
-    for path, layer in adapted_layers(model):
-        if adapter_name in layer.rank_expert_A:
-            raise ValueError(
-                f"{path} has an adapter {adapter_name!r} already. Choose another adapter_name, or delete the old one "
-                "first."
-            )
-    config = copy.deepcopy(config)  # PEFT writes what "all-linear" stands for into the config that it is given.
-    if heads := _HEADS.get(config.task_type):
-        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
-    find_targets(model, config)
-    if config.base_model_name_or_path is None and isinstance(model, PreTrainedModel):
-        config.base_model_name_or_path = model.name_or_path or None
-    tuner = RankExpertModel(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-    return model
 
 
 def _check_known(scope: RoutingScope, tasks: Tasks) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from .config import PEFT_TYPE, RankExpertConfig, parse_json
 from .files import read_adapter
-from .storage import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, read_config_bytes, read_weights
+from .storage import CONFIG_FILE, PICKLE_REFUSED, WEIGHTS_FILE, read_config_bytes, read_weights
 
 _DOWNLOAD = frozenset(inspect.signature(hf_hub_download).parameters)
 
@@ -70,10 +70,7 @@ def _folder(model_id: str, config: RankExpertConfig | None, download: dict[str, 
     try:
         hf_hub_download(model_id, WEIGHTS_FILE, **download)
     except EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{model_id} holds no {WEIGHTS_FILE}. A {PICKLE_FILE} is a pickle, which can run code, and is not read: "
-            "have the adapter saved with save_rank_experts."
-        ) from error
+        raise FileNotFoundError(f"{model_id} holds no {WEIGHTS_FILE}. {PICKLE_REFUSED}") from error
     return folder
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import RankExpertConfig
-from .files import PREFIX, adapter_config
+from .files import adapter_config
 from .layer import RankExpertLinear
+from .layout import PREFIX
 from .model import adapted_layers
 from .passes import Batches, check_batches, run_batches
 from .recording import RoutingStatistics, record_routing
@@ -208,9 +209,12 @@ def _used_experts(load: Tensor, top_k: int, keep: int | float | None) -> Tensor:
 
 @torch.no_grad()
 def _used_ranks(router: TaskRouter, keep: int | float | None) -> Tensor:
-    ranks = router(torch.arange(router.num_tasks, device=router.gate_weight.device)).indices
-    largest = int(ranks.max())
-    return torch.arange(largest if keep is None else min(int(keep), router.r))
+    return torch.arange(int(_chosen_ranks(router).max()) if keep is None else min(int(keep), router.r))
+
+
+def _chosen_ranks(router: TaskRouter) -> Tensor:
+    # (T,) r_t
+    return router(torch.arange(router.num_tasks, device=router.gate_weight.device)).indices
 
 
 @torch.no_grad()
@@ -219,7 +223,7 @@ def _describe(path: str, layer: RankExpertLinear, adapter_name: str, kept: Tenso
     if isinstance(router, TokenRouter) and load is not None:
         return LayerPruning(path, len(kept), router.num_experts, float(1 - load[kept].sum() / load.sum()))
     assert isinstance(router, TaskRouter)
-    ranks = router(torch.arange(router.num_tasks, device=router.gate_weight.device)).indices.double().cpu()
+    ranks = _chosen_ranks(router).double().cpu()
     lost = (ranks - len(kept)).clamp(min=0).sum() / ranks.sum()
     return LayerPruning(path, len(kept), router.r, float(lost))
 

@@ -1,30 +1,24 @@
 """The YAML that the command line trains from: its sections, and errors that name the line and the nearest key.
 
-ruamel.yaml reads the file and knows the lines; pydantic checks it. Nothing here loads data or models.
+`recipe_yaml.py` reads the file and knows the lines; pydantic checks it. Nothing here loads data or models.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import string
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .config import RankExpertConfig, nearest
 from .metrics import METRICS
-
-Location = tuple[str | int, ...]
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message has a line for everything that is wrong with it."""
+from .recipe_yaml import Lines, Location, RecipeError, parse_value, read_yaml
 
 
 class _Section(BaseModel):
@@ -119,6 +113,10 @@ class Recipe(_Section):
 OWN_TRAINING_KEYS = ("router_learning_rate", "head_learning_rate")
 """Keys of `training` that are `RankExpertTrainer`'s, beside those of `TrainingArguments`."""
 
+# What TrainingArguments takes as it comes and training stumbles over.
+_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_POSITIVE = ("num_train_epochs", "learning_rate", *OWN_TRAINING_KEYS)
+
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
@@ -138,13 +136,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there. Expected a recipe; see docs/training.md.")
-    text = file.read_text(encoding="utf-8")
-    try:
-        values = YAML(typ="safe", pure=True).load(text)
-        lines = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{file}:{line}: {(error.problem or 'not YAML').split(chr(10))[0]}") from None
+    values, lines = read_yaml(file)
     if not isinstance(values, dict):
         raise RecipeError(f"{file}:1: expected the sections {', '.join(Recipe.model_fields)}.")
     origins = _override(values, overrides)
@@ -178,25 +170,17 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[Location
             if not isinstance(node, dict):
                 raise RecipeError(f"override {override!r}: {step!r} holds a value, not keys.")
         # A template, "{premise}", is text and not a YAML mapping.
-        node[last] = text if text.lstrip().startswith("{") else YAML(typ="safe", pure=True).load(text)
+        origin = f"override {override!r}"
+        node[last] = text if text.lstrip().startswith("{") else parse_value(text, origin)
         origins[(*parents, last)] = override
     return origins
 
 
-def _where(file: Path, lines: Any, origins: dict[Location, str], location: Location) -> str:
+def _where(file: Path, lines: Lines, origins: dict[Location, str], location: Location) -> str:
     for end in range(len(location), 0, -1):
         if location[:end] in origins:
             return f"override {origins[location[:end]]!r}"
-    line = 0
-    node: Any = lines
-    for step in location:
-        try:
-            positions = node.lc
-            line = (positions.item(step) if isinstance(node, list) else positions.key(step))[0]
-            node = node[step]
-        except (KeyError, IndexError, AttributeError, TypeError):
-            break
-    return f"{file}:{line + 1}"
+    return f"{file}:{lines.find(location)}"
 
 
 def _dotted(location: Location) -> str:
@@ -244,7 +228,7 @@ def _check_adapter(recipe: Recipe) -> list[tuple[Location, str]]:
             text = "is set by the section tasks." if key == "tasks" else "is set by method."
             problems.append((("adapter", key), text))
         elif key not in known:
-            problems.append((("adapter", key), f"unknown key.{nearest(key, known)}"))
+            problems.append((("adapter", key), f"unknown key.{nearest(key, known | {'method'})}"))
     if not problems:
         try:
             recipe.adapter.config(list(recipe.tasks))
@@ -259,11 +243,27 @@ def _check_adapter(recipe: Recipe) -> list[tuple[Location, str]]:
 def _check_training(recipe: Recipe) -> list[tuple[Location, str]]:
     from transformers import TrainingArguments
 
-    known = {field.name for field in fields(TrainingArguments) if field.init} | set(OWN_TRAINING_KEYS)
-    problems: list[tuple[Location, str]] = [
-        (("training", key), f"unknown key.{nearest(key, known)}") for key in recipe.training if key not in known
-    ]
-    if "output_dir" not in recipe.training:
+    names = {field.name for field in fields(TrainingArguments) if field.init}
+    hints = {name: hint for name, hint in get_type_hints(TrainingArguments).items() if name in names}
+    hints |= dict.fromkeys(OWN_TRAINING_KEYS, float | None)
+    problems: list[tuple[Location, str]] = []
+    for key, value in recipe.training.items():
+        if key not in hints:
+            problems.append((("training", key), f"unknown key.{nearest(key, hints)}"))
+            continue
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = " or ".join(
+                dict.fromkeys(found["msg"].removeprefix("Input should be ") for found in error.errors())
+            )
+            problems.append((("training", key), f"expected {expected}. Found {value!r}."))
+            continue
+        if key in _AT_LEAST_ONE and value < 1:
+            problems.append((("training", key), f"expected at least 1. Found {value!r}."))
+        if key in _POSITIVE and value is not None and not (0 < value < math.inf):
+            problems.append((("training", key), f"expected a number above 0. Found {value!r}."))
+    if not recipe.training.get("output_dir"):
         problems.append((("training",), "output_dir is missing: where checkpoints and the adapter go."))
     return problems
 

@@ -8,7 +8,7 @@ Done once, when `rank_experts` is imported. Four things, each harmless to other 
 3. `PeftModel`'s classes by task type take `task_ids` as a named argument and drop it for every method but Poly.
    A `PeftModel` that holds our tuner therefore gets a forward that hands `task_ids` on before that.
 4. `PeftModel.from_pretrained` and `load_adapter` change the model before they read the weights. For adapters of ours
-   the files are checked first.
+   the files are checked first, and state dicts are for a PEFT before 0.21, which does not ask the tuner about them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from typing import Any
 from packaging.version import Version
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import register_peft_method
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method, save_and_load
+from torch import Tensor
 
 from ._version import __version__
 from ._warnings import warn_once
 from .boundary import install
 from .config import PEFT_TYPE, RankExpertConfig
-from .model import RankExpertModel
+from .model import RankExpertModel, adapted_layers, check_state_dict
 from .peft_files import check_files
 
 
@@ -82,6 +84,29 @@ def _check_files_first() -> None:
     PeftModel.load_adapter = checked_load_adapter
 
 
+def _check_state_dicts_first() -> None:
+    if hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        return
+    # Its last step before loading. `set_peft_model_state_dict` itself may have been imported by name already.
+    find_mismatched_keys = save_and_load._find_mismatched_keys
+
+    @functools.wraps(find_mismatched_keys)
+    def checked(model: Any, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        expected: dict[str, dict[str, tuple[int, ...]]] = {}
+        for path, layer in adapted_layers(model):
+            for name, tensor in layer.state_dict().items():
+                attribute, adapter, *_ = [*name.split("."), ""]
+                if attribute in layer.adapter_layer_names:
+                    expected.setdefault(adapter, {})[f"{path}.{name}"] = tuple(tensor.shape)
+        for adapter, shapes in expected.items():
+            # It is not said which adapter is meant: the one that has a tensor among them.
+            if shapes.keys() & state_dict.keys():
+                check_state_dict(adapter, shapes, state_dict)
+        return find_mismatched_keys(model, state_dict, *args, **kwargs)
+
+    save_and_load._find_mismatched_keys = checked
+
+
 def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     # By name, those in **kwargs beside the others. What is missing, the function itself complains about.
     given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
@@ -118,3 +143,4 @@ def register() -> None:
     )
     _pass_task_ids()
     _check_files_first()
+    _check_state_dicts_first()

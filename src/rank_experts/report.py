@@ -3,12 +3,14 @@
     routing_report(model, dataloader, "routing.html")    what the routers do with data
     inspect_adapter("my-adapter")                        what the files alone tell, without the base model
 
-Both return a `RoutingReport`. The counting is in `recording.py`, the page in `report_page.py`.
+Both return a `RoutingReport`. The counting is in `recording.py`, the tables in `report_tables.py`, the page in
+`report_page.py`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,15 +22,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import RankExpertConfig, read_fields
-from .files import check_tensors
+from .files import check_tensors, config_to_json
 from .findings import Finding, find
+from .heads import HEADS_CONFIG, read_heads
+from .layout import TENSOR_NAME
 from .recording import record_routing
-from .statistics import TENSOR_NAME, LayerStatistics, layers_of_tensors
+from .report_page import render
+from .report_tables import layer_rows, task_rows, text_table
+from .statistics import LayerStatistics, layers_of_tensors, mean_similarity
 from .storage import CONFIG_FILE, WEIGHTS_FILE, read_pair, read_weights
 
 __all__ = ["RoutingReport", "inspect_adapter", "record_routing", "routing_report"]
 
 _METHODS = {"token": "SMoRA (token-routed ranks)", "task": "MoRE (task-routed ranks)", "dense": "LoRA (no router)"}
+_MIXTURE = "mixture of LoRAs (token-routed blocks of ranks)"
+_OF_A_LAYER = (
+    *("path", "router", "tasks", "sizes", "num_experts", "update_norm", "balance_bias", "chosen_rank"),
+    *("load", "load_cv", "load_max", "load_entropy", "routing_entropy", "dead_experts", "task_usage", "task_overlap"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,16 +71,29 @@ class RoutingReport:
         return max((layer.tasks for layer in self.layers), key=len, default=())
 
     def to_text(self) -> str:
-        """Return the report for a terminal: facts, findings, one line a layer."""
+        """Return the report for a terminal: facts, findings, one line a task, one line a layer."""
         width = max(map(len, self.facts), default=0)
         parts = [self.title, *(f"  {name.ljust(width)}  {value}" for name, value in self.facts.items()), ""]
         parts += [f"{'!' if found.level == 'warning' else '-'} {found.text}" for found in self.findings]
-        return "\n".join([*parts, "", *_table(layer_rows(self.layers))]) + "\n"
+        for rows in (task_rows(self.layers), layer_rows(self.layers)):
+            parts += ["", *text_table(rows)] if rows else []
+        return "\n".join(parts) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as what JSON can hold: numbers of a layer by the names of `LayerStatistics`."""
+        similarity = mean_similarity(self.layers)
+        return {
+            "title": self.title,
+            "facts": dict(self.facts),
+            "findings": [found._asdict() for found in self.findings],
+            "config": None if self.config is None else json.loads(config_to_json(self.config)),
+            "tasks": list(self.tasks),
+            "task_similarity": _plain(similarity),
+            "layers": [{name: _plain(getattr(layer, name)) for name in _OF_A_LAYER} for layer in self.layers],
+        }
 
     def to_html(self) -> str:
         """Return the report as one self-contained HTML page."""
-        from .report_page import render
-
         return render(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -78,60 +102,6 @@ class RoutingReport:
 
     def __str__(self) -> str:
         return self.to_text()
-
-
-def layer_rows(layers: Sequence[LayerStatistics]) -> list[list[str]]:
-    """Return the table of layers as text: the column names, then one row a layer. Empty columns are left out."""
-    tasks = max((layer.tasks for layer in layers if layer.chosen_rank is not None), key=len, default=())
-    rows = [
-        {
-            "layer": layer.path,
-            "r": str(layer.sizes[0]),
-            "experts": str(layer.num_experts) if layer.router == "token" else "",
-            "tokens": "" if layer.load is None or layer.counts is None else f"{int(layer.counts.tokens.sum()):,}",
-            **({} if layer.router == "task" else _load_columns(layer)),
-            "entropy": _number(layer.routing_entropy),
-            "bias": "" if layer.balance_bias is None else _span(layer.balance_bias),
-            **{f"r({task})": _rank(layer, i) for i, task in enumerate(tasks)},
-            "update": _number(float(layer.update_norm.square().sum().sqrt())),
-        }
-        for layer in layers
-    ]
-    columns = [
-        name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)
-    ]
-    return [columns, *([row.get(name, "") for name in columns] for row in rows)]
-
-
-def _load_columns(layer: LayerStatistics) -> dict[str, str]:
-    dead = layer.dead_experts
-    return {
-        "load cv": _number(layer.load_cv),
-        "max load": _number(layer.load_max),
-        "evenness": _number(layer.load_entropy),
-        "dead": "" if dead is None else str(len(dead)),
-    }
-
-
-def _rank(layer: LayerStatistics, task: int) -> str:
-    return "" if layer.chosen_rank is None or task >= len(layer.chosen_rank) else str(int(layer.chosen_rank[task]))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _span(values: Tensor) -> str:
-    return f"{float(values.min()):+.3f} … {float(values.max()):+.3f}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    return lines
 
 
 def routing_report(
@@ -215,6 +185,14 @@ def _config_of(model: nn.Module, adapter_name: str | None) -> RankExpertConfig |
     return None
 
 
+def _plain(value: Any) -> Any:
+    # As JSON: tensors as lists, NaN (a task that was not seen) as null.
+    value = value.tolist() if isinstance(value, Tensor) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _facts(config: RankExpertConfig | None, layers: Sequence[LayerStatistics]) -> dict[str, str]:
     ranks = sorted({layer.sizes[0] for layer in layers})
     facts = {
@@ -223,6 +201,8 @@ def _facts(config: RankExpertConfig | None, layers: Sequence[LayerStatistics]) -
     }
     if config is None:
         return facts
+    if config.router == "token" and config.expert_rank > 1:
+        facts["method"] = _MIXTURE
     if config.base_model_name_or_path:
         facts["base model"] = str(config.base_model_name_or_path)
     facts["alpha"] = f"{config.alpha:g}"
@@ -278,6 +258,9 @@ def inspect_adapter(path: str | os.PathLike[str], log_history: Sequence[Mapping[
         "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}{_by_role(tensors)}",
         "file": f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB",
     }
+    if (folder / HEADS_CONFIG).exists():
+        heads = {task: ", ".join(spec.labels or ["numbers"]) for task, spec in read_heads(folder)[0].items()}
+        facts |= {f"head {task}": labels for task, labels in heads.items()}
     return RoutingReport(f"Adapter {folder.resolve().name}", facts, layers, config, tuple(log_history))
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import report_charts as charts
 from .report_style import PAGE, STYLE, colours
-from .statistics import LayerStatistics
+from .report_tables import layer_rows
+from .statistics import LayerStatistics, mean_similarity
 
 if TYPE_CHECKING:
     from .report import RoutingReport
@@ -26,8 +27,6 @@ _MOST = 24
 
 def render(report: RoutingReport) -> str:
     """Return the page."""
-    from .report import layer_rows
-
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.facts.items())
     findings = "".join(
         f'<li class="{found.level}"><span>{"!" if found.level == "warning" else "·"}</span>{escape(found.text)}</li>'
@@ -238,9 +237,8 @@ def _sharing(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
     if len(tasks) < 2 or not overlaps:
         return ""
     cards = {"experts in common": _square(torch.stack(overlaps).nanmean(0), tasks, 0.0)}
-    similarities = [layer.embedding_similarity for layer in layers if layer.embedding_similarity is not None]
-    if similarities:
-        cards["cosine of the task embeddings"] = _square(torch.stack(similarities).mean(0), tasks, -1.0)
+    if (similarity := mean_similarity(layers)) is not None:
+        cards["cosine of the task embeddings"] = _square(similarity, tasks, -1.0)
     kinds = group_by_kind([layer.path for layer in layers])
     rows = []
     for kind, members in kinds.items():

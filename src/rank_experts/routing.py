@@ -168,6 +168,39 @@ def pool_examples(x: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     return picked * weight.amax(1, keepdim=True)
 
 
+def pool_gathered(
+    x: Tensor, examples: Tensor, positions: Tensor, num_examples: int, mask: Tensor | None, pooling: str
+) -> tuple[Tensor, Tensor]:
+    """Reduce to one vector an example what a mixture of experts gathered from all over the batch; see `pool_examples`.
+
+    Args:
+        x: (n, d) tokens in any order.
+        examples: (n,) int64, the example of each.
+        positions: (n,) int64, its place in the batch, which orders an example's tokens.
+        num_examples: B.
+        mask: (n,) true where a token is not padding; None: all are tokens.
+        pooling: "mean", "first" or "last".
+
+    Returns:
+        (B, d), zeros for an example that has no token here; and (B,) whether it has one.
+
+    Example:
+        >>> pooled, present = pool_gathered(
+        ...     torch.tensor([[1.0], [3.0]]), torch.tensor([2, 2]), torch.tensor([4, 5]), 3, None, "mean"
+        ... )
+        >>> pooled.flatten().tolist(), present.tolist()
+        ([0.0, 0.0, 2.0], [False, False, True])
+    """
+    chosen = torch.ones_like(examples, dtype=torch.bool) if mask is None else mask
+    if pooling != "mean":
+        order = (positions + 1 if pooling == "last" else -positions - 1).masked_fill(~chosen, -(2**62))
+        best = order.new_full((num_examples,), -(2**62)).scatter_reduce(0, examples, order, "amax")
+        chosen = chosen & (order == best[examples])
+    count = x.new_zeros(num_examples).index_add(0, examples, chosen.to(x.dtype))
+    total = x.new_zeros(num_examples, x.shape[-1]).index_add(0, examples, torch.where(chosen[:, None], x, 0))
+    return total / count[:, None].clamp(min=1), count > 0
+
+
 def contrastive_loss(
     examples: Tensor, task_embedding: Tensor, task_ids: Tensor, temperature: float, mask: Tensor | None = None
 ) -> Tensor:
@@ -240,7 +273,8 @@ class TokenRouter(nn.Module):
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.weight.shape[0]
+        # Not the weight's: between forwards DeepSpeed's ZeRO-3 leaves a parameter empty.
+        return self.balance_bias.shape[0]
 
     def reset_parameters(self) -> None:
         """Draw W_g as `nn.Linear` does, Kaiming-uniform with a = √5, and set the bias to zero."""

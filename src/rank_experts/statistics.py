@@ -8,8 +8,7 @@ Shapes: E experts (a task router's experts are its ranks), T tasks, r ranks, e t
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import RankExpertConfig
-
-TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.rank_expert_(?P<name>A|B|router\.\w+)")
-"""The name of an adapter's tensor in its file."""
+from .layout import TENSOR_NAME, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -139,6 +136,12 @@ class LayerStatistics:
         return unit @ unit.T
 
 
+def mean_similarity(layers: Iterable[LayerStatistics]) -> Tensor | None:
+    """Return (T, T) cosines of the task embeddings, averaged over layers; None without a task router."""
+    known = [similarity for layer in layers if (similarity := layer.embedding_similarity) is not None]
+    return torch.stack(known).mean(0) if known else None
+
+
 def normalised_entropy(probabilities: Tensor) -> Tensor:
     """Return entropy over the last dimension divided by the largest possible one: (…, E) to (…,), 0 to 1.
 
@@ -221,19 +224,7 @@ def layers_of_tensors(tensors: Mapping[str, Tensor], config: RankExpertConfig) -
 def _check_layer(path: str, shapes: dict[str, tuple[int, ...]], config: RankExpertConfig) -> None:
     r, d_in = shapes.get("A", (0, 0)) if len(shapes.get("A", ())) == 2 else (0, 0)
     d_out = shapes.get("B", (0,))[0] if shapes.get("B") else 0
-    expected: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r)}
-    if config.router == "token":
-        num_experts = r // config.expert_rank
-        expected |= {"router.weight": (num_experts, d_in), "router.balance_bias": (num_experts,)}
-    elif config.router == "task":
-        width = config.task_embedding_dim or d_in
-        expected |= {
-            "router.task_embedding": (len(config.tasks or ()), width),
-            "router.gate_weight": (r, width),
-            "router.gate_bias": (r,),
-        }
-        if width != d_in:
-            expected["router.projection"] = (width, d_in)
+    expected = tensor_shapes(config, r, d_in, d_out)
     if shapes != expected or not r:
         raise ValueError(
             f"The tensors of {path} do not fit together, or not the config: found {shapes}, expected {expected}."

@@ -1,8 +1,10 @@
-"""An adapter's two files as bytes: read as one pair, replaced as one pair, and nothing outside of their folder.
+"""A config and its weights as bytes: read as one pair, replaced as one pair, and nothing outside of their folder.
+
+The adapter's two files are such a pair, and so are a classifier's heads.
 
 Two files cannot be renamed in one step. The weights' rename is therefore the moment of a save: the safetensors
-metadata holds a copy of the config, a digest of the tensors, and the digest of the `adapter_config.json` that the save
-is about to replace. A reader that finds the config of that digest beside the weights knows that the save was cut off
+metadata holds a copy of the config, a digest of the tensors, and the digest of the config that the save is about to
+replace. A reader that finds the config of that digest beside the weights knows that the save was cut off
 between the two renames, and takes the copy. Hence kill -9 at any moment leaves the old adapter or the new one.
 
 Exchanging whole folders (renameat2) would do without the copy, but moves the user's other files, needs the parent
@@ -13,32 +15,39 @@ The digests tell damage and mix-ups, not forgery: whoever can write the files ca
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ._warnings import warn_once
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .staging import Files, write_files
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+
+
+class PairNames(NamedTuple):
+    """What the two files of a pair are called: JSON, and the safetensors file that it describes."""
+
+    config: str
+    weights: str
+
+
+ADAPTER_FILES = PairNames(CONFIG_FILE, WEIGHTS_FILE)
+
+PICKLE_REFUSED = (
+    f"{PICKLE_FILE} is a pickle, which can run code, and is not read. If you trust who made it, load the adapter with "
+    "the library that wrote it and save it again: PEFT's model.save_pretrained(path) writes safetensors."
+)
+"""What a reader says where there is no safetensors file."""
 
 MAX_CONFIG_BYTES = 16 * 2**20
 """A larger `adapter_config.json` is refused unread; a hundred thousand task names fit."""
@@ -50,13 +59,13 @@ _DIGEST = "rank_experts_sha256"
 _REPLACED = "rank_experts_replaced_config_sha256"
 
 
-class AdapterBytes(NamedTuple):
-    """What an adapter's folder holds, unparsed.
+class PairBytes(NamedTuple):
+    """The two files of a pair, unparsed.
 
     Attributes:
         config: The config's JSON that belongs to the weights.
         saved_config: The copy that was saved within the weights, where it differs from `config`: someone edited
-            `adapter_config.json` since. None where it does not, or where another program wrote the weights.
+            the JSON since. None where it does not, or where another program wrote the weights.
         weights: The safetensors file, or None where there is none.
     """
 
@@ -65,72 +74,68 @@ class AdapterBytes(NamedTuple):
     weights: bytes | None
 
 
-def read_pair(folder: Path, header_only: bool = False) -> AdapterBytes:
-    """Read an adapter's config and weights as one pair, also while another process saves.
+def read_pair(folder: Path, header_only: bool = False, names: PairNames = ADAPTER_FILES) -> PairBytes:
+    """Read a config and its weights as one pair, also while another process saves.
 
     Args:
         folder: Where they lie.
         header_only: Read the weights' header without the tensors.
+        names: What the two files are called.
 
     Raises:
         FileNotFoundError: There is no config.
         ValueError: A file is not a regular one, lies outside of the folder, is too large for a config, or is damaged.
     """
     for _ in range(100):
-        config = read_config_bytes(folder)
-        weights = read_weights(folder, header_only) if os.path.lexists(folder / WEIGHTS_FILE) else None
+        config = read_config_bytes(folder, names.config)
+        weights = read_weights(folder, header_only, names.weights) if os.path.lexists(folder / names.weights) else None
         metadata = _metadata(weights) if weights is not None else {}
         saved = metadata.get(_CONFIG, "").encode(errors="replace")
         if not saved or _sha256(config) == _sha256(saved):
-            return AdapterBytes(config, None, weights)
+            return PairBytes(config, None, weights)
         if _sha256(config) == metadata.get(_REPLACED):
-            return AdapterBytes(saved, None, weights)
-        if read_config_bytes(folder) == config:
-            return AdapterBytes(config, saved, weights)
+            return PairBytes(saved, None, weights)
+        if read_config_bytes(folder, names.config) == config:
+            return PairBytes(config, saved, weights)
         # Another process saved between the two reads.
-    raise ValueError(f"{folder} is being written without pause: {CONFIG_FILE} changed at each of 100 readings.")
+    raise ValueError(f"{folder} is being written without pause: {names.config} changed at each of 100 readings.")
 
 
-def read_config_bytes(folder: Path) -> bytes:
-    """Read an `adapter_config.json` as it lies there, of any method.
+def read_config_bytes(folder: Path, name: str = CONFIG_FILE) -> bytes:
+    """Read an `adapter_config.json`, of any method, or another pair's JSON as it lies there.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is not a regular file, lies outside of the folder, or is too large for a config.
     """
-    if not folder.is_dir() or not os.path.lexists(folder / CONFIG_FILE):
-        what = f"holds no {CONFIG_FILE}" if folder.is_dir() else "is not a folder"
+    if not folder.is_dir() or not os.path.lexists(folder / name):
+        what = f"holds no {name}" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(
-            f"{folder} {what}. Expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as save_rank_experts writes it."
+            f"{folder} {what}. Expected an adapter's folder, with {CONFIG_FILE} and {WEIGHTS_FILE}."
         )
-    with _open_inside(folder, CONFIG_FILE) as file:
+    with _open_inside(folder, name) as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_CONFIG_BYTES:
-            raise ValueError(f"{folder / CONFIG_FILE} has {size} bytes: expected at most {MAX_CONFIG_BYTES}.")
+            raise ValueError(f"{folder / name} has {size} bytes: expected at most {MAX_CONFIG_BYTES}.")
         return file.read()
 
 
-def read_weights(folder: Path, header_only: bool = False) -> bytes:
-    """Read an adapter's safetensors file, and check its digest where it carries one.
+def read_weights(folder: Path, header_only: bool = False, name: str = WEIGHTS_FILE) -> bytes:
+    """Read an adapter's safetensors file, or another pair's, and check its digest where it carries one.
 
     Args:
         folder: Where it lies.
         header_only: Read, and check, the header alone.
+        name: The file's.
 
     Raises:
         FileNotFoundError: There is none; the message says so where there is a pickle instead.
         ValueError: It is not a regular file, lies outside of the folder, or is damaged.
     """
-    path = folder / WEIGHTS_FILE
+    path = folder / name
     if not os.path.lexists(path):
-        pickle = (
-            f" {PICKLE_FILE} is a pickle, which can run code, and is not read."
-            if (folder / PICKLE_FILE).exists()
-            else ""
-        )
-        raise FileNotFoundError(
-            f"{folder} holds no {WEIGHTS_FILE}; save_rank_experts writes it beside {CONFIG_FILE}.{pickle}"
-        )
-    with _open_inside(folder, WEIGHTS_FILE) as file:
+        hint = PICKLE_REFUSED if os.path.lexists(folder / PICKLE_FILE) else "Save or download it again."
+        raise FileNotFoundError(f"{folder} holds no {name}. {hint}")
+    with _open_inside(folder, name) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         header_size = int.from_bytes(start, "little")
@@ -145,6 +150,22 @@ def read_weights(folder: Path, header_only: bool = False) -> bytes:
     if _DIGEST in metadata and metadata[_DIGEST] != _tensor_digest(entries, data):
         raise _damaged(path, "its tensors are not those that were saved")
     return b"".join((start, header, data))
+
+
+def parse_weights(path: Path, weights: bytes) -> dict[str, Tensor]:
+    """Parse a safetensors file's bytes; that takes as much memory again, whatever the header claims.
+
+    Args:
+        path: Where they came from, for messages.
+        weights: From `read_weights`.
+
+    Raises:
+        ValueError: They are damaged.
+    """
+    try:
+        return dict(sorted(load(weights).items()))  # safetensors' own order changes from call to call
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+        raise _damaged(path, repr(error)) from None
 
 
 def _entries(path: Path, header: bytes) -> dict[str, Any]:
@@ -228,13 +249,14 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def write_pair(folder: Path, config: str, tensors: dict[str, Tensor]) -> None:
-    """Replace an adapter's config and weights in one step; where anything fails, the old ones stay.
+def write_pair(folder: Path, config: str, tensors: dict[str, Tensor], names: PairNames = ADAPTER_FILES) -> None:
+    """Replace a config and its weights in one step; where anything fails, the old ones stay.
 
     Args:
         folder: Made where it is missing. Processes that save to it at once wait for each other.
-        config: JSON for `adapter_config.json`.
+        config: JSON.
         tensors: Name to a contiguous tensor on the CPU.
+        names: What the two files are called.
 
     Raises:
         OSError: The disk is full, the folder cannot be written, …; the message says what was needed.
@@ -243,124 +265,18 @@ def write_pair(folder: Path, config: str, tensors: dict[str, Tensor]) -> None:
     header_size = int.from_bytes(weights[:8], "little")
     entries, data = json.loads(bytes(weights[8 : 8 + header_size])), weights[8 + header_size :]
     metadata = {"format": "pt", _CONFIG: config, _DIGEST: _tensor_digest(entries, data)}
+
+    def files() -> Files:
+        metadata[_REPLACED] = _digest_of_old_config(folder, names.config)
+        header = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        return {names.weights: [len(header).to_bytes(8, "little"), header, data], names.config: [config.encode()]}
+
+    write_files(folder, files)
+
+
+def _digest_of_old_config(folder: Path, name: str) -> str:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder) as alone:
-            if alone:
-                _remove_leftovers(folder)
-            metadata[_REPLACED] = _digest_of_old_config(folder)
-            header = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode()
-            header += b" " * (-len(header) % 8)
-            start = len(header).to_bytes(8, "little")
-            _replace_both(folder, [start, header, data], [config.encode()])
-    except OSError as error:
-        size = header_size + len(data)
-        raise OSError(error.errno, _why_not_saved(folder, error, size)) from error
-
-
-def _replace_both(folder: Path, weights: list[Any], config: list[bytes]) -> None:
-    if directories := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (folder / name).is_dir()]:
-        raise IsADirectoryError(errno.EISDIR, f"{directories[0]} is a folder there")
-    staged: list[Path] = []
-    try:
-        for name, parts in ((WEIGHTS_FILE, weights), (CONFIG_FILE, config)):
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            staged.append(Path(temporary))
-            with os.fdopen(handle, "wb") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-        for temporary_path, name in zip(staged, (WEIGHTS_FILE, CONFIG_FILE)):
-            os.replace(temporary_path, folder / name)
-            _sync(folder)  # In this order on the disk too, where the power fails.
-    except BaseException:
-        for path in staged:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def replace_file(folder: Path, name: str, data: bytes, allowed: Callable[[Path], bool]) -> None:
-    """Replace one more file beside the pair, in one step, or leave it.
-
-    Args:
-        folder: Which exists. Processes that save to it at once wait for each other.
-        name: The file's.
-        data: Its new bytes.
-        allowed: Asked with the file's path while nobody else saves; False: leave it.
-    """
-    with _locked(folder) as alone:
-        if not allowed(folder / name):
-            return
-        prefix = f".{name}.saving."  # not what an editor calls its own copy of the file
-        for path in folder.glob(f"{prefix}*") if alone else ():
-            path.unlink(missing_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=prefix)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, folder / name)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-
-def _digest_of_old_config(folder: Path) -> str:
-    try:
-        return _sha256(read_config_bytes(folder))
+        return _sha256(read_config_bytes(folder, name))
     except (FileNotFoundError, ValueError):
         return ""
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    # A lock on the folder itself leaves no lock file behind; the kernel drops it when its process dies.
-    if fcntl is None:
-        yield False
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        alone = True
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            alone = False
-            warn_once(
-                f"{folder} lies on a file system without locks ({error.strerror}): let one process at a time save "
-                "there. Two at once may leave a pair that loading refuses."
-            )
-        yield alone
-    finally:
-        os.close(handle)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    # Of saves that were killed: nobody else writes while the lock is held.
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        for path in folder.glob(f".{name}.*"):
-            path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _why_not_saved(folder: Path, error: OSError, size: int) -> str:
-    reason = error.strerror or str(error)
-    message = f"cannot save an adapter of {size:,} bytes to {folder}: {reason}. What was there before is unchanged."
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and folder.is_dir():
-        message += f" {shutil.disk_usage(folder).free:,} bytes are free there; saving needs room beside the old files."
-    return message

@@ -6,27 +6,22 @@
 
 It draws batches by a sampling law (`tasks.py`), evaluates by task, writes loads and auxiliary losses into the logs,
 moves the balancing bias, sets learning rates for routers and heads, and saves the adapter instead of the model.
-`RankExpertCallback` alone moves the bias under any other trainer.
+`RankExpertCallback` (`callbacks.py`) alone moves the bias under any other trainer.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import threading
 from collections.abc import Mapping, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from ._warnings import warn_once
-from .balance import count_idle, dead_experts, take_nan_examples, update_router_bias
+from .callbacks import RankExpertCallback
 from .config import RankExpertConfig, nearest
 from .files import restore_rank_experts, save_rank_experts
 from .heads import MultiTaskClassifier
@@ -38,78 +33,7 @@ from .tasks import TASK_COLUMN, TaskCollator, TaskMixture, TaskPart, TaskSampler
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
-logger = logging.getLogger(__name__)
-
 _Base: Any = object  # To a type checker: whatever Trainer the mixin stands before.
-
-
-class RankExpertCallback(TrainerCallback):
-    """Moves the balancing bias once per optimiser step (`update_router_bias`) and keeps the loads that it saw.
-
-    Logs a warning for examples whose outputs are NaN, with their task, and for experts that no token chooses any more.
-
-    Args:
-        dead_after: Updates in a row without load after which an expert counts as dead.
-
-    Example:
-        >>> trainer = Trainer(model, args, callbacks=[RankExpertCallback()], ...)  # doctest: +SKIP
-    """
-
-    def __init__(self, dead_after: int = 100) -> None:
-        self.dead_after = dead_after
-        self._loads: dict[tuple[str, str], Tensor] = {}
-        self._idle: dict[tuple[str, str], Tensor] = {}
-        self._updates = 0
-        self._saw_nan = False
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Update after the optimiser's step, before gradients are cleared."""
-        if model is not None:
-            loads = update_router_bias(model)
-            for key, load in loads.items():
-                self._loads[key] = self._loads[key] + load if key in self._loads else load
-            self._warn(model, loads, state.global_step + 1)
-
-    def _warn(self, model: nn.Module, loads: dict[tuple[str, str], Tensor], step: int) -> None:
-        found = take_nan_examples(model)
-        if not self._saw_nan:  # Weights that became NaN would repeat it at every step.
-            for task, count in found.items():
-                logger.warning("step %d: the outputs of %d example(s) of %s are NaN", step, count, task)
-        self._saw_nan = bool(found)
-        self._idle = count_idle(self._idle, loads)
-        self._updates += 1
-        if self._updates % self.dead_after == 0:
-            for (path, adapter), experts in dead_experts(self._idle, self.dead_after).items():
-                logger.warning(
-                    "step %d: no token chose experts %s of %s (adapter %r) in %d updates; see load_balance and "
-                    "balance_rate",
-                    *(step, experts, path, adapter, self.dead_after),
-                )
-
-    def take_statistics(self) -> dict[str, float]:
-        """Return how even the load was since the last call, averaged over layers; empty where none was counted.
-
-        load_cv is the standard deviation over experts divided by the mean, load_max the largest expert's load
-        divided by the mean, load_idle the share of experts that no token chose.
-        """
-        loads = [load for load in self._loads.values() if load.sum() > 0]
-        self._loads = {}
-        if not loads:
-            return {}
-        shares = [load / load.mean() for load in loads]
-        values = {
-            "load_cv": [share.std(correction=0) for share in shares],
-            "load_max": [share.max() for share in shares],
-            "load_idle": [(share == 0).float().mean() for share in shares],
-        }
-        return {name: round(float(torch.stack(value).mean()), 4) for name, value in values.items()}
 
 
 class RankExpertTrainerMixin(_Base):
@@ -215,7 +139,9 @@ class RankExpertTrainerMixin(_Base):
         if not bypassed:
             return result
         num_items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        if self.model_accepts_loss_kwargs and num_items is not None and self.loss_is_scaled_for_ga is not False:
+        # An attribute of newer trainers.
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None) is not False
+        if self.model_accepts_loss_kwargs and num_items is not None and is_scaled:
             # The forwards of a step add up then, and each adds a mean.
             auxiliary = auxiliary / self.current_gradient_accumulation_steps
         if isinstance(result, tuple):
@@ -353,7 +279,6 @@ class RankExpertTrainerMixin(_Base):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _restore(self, owner: nn.Module, folder: str) -> None:
         restore_rank_experts(owner, folder, _adapter_name(owner))
@@ -374,11 +299,12 @@ class RankExpertTrainerMixin(_Base):
 
 
 class RankExpertTrainer(RankExpertTrainerMixin, Trainer):
-    """`Trainer` for rank experts on several tasks. Takes what `Trainer` takes, and:
+    """`Trainer` for rank experts on several tasks.
+
+    Takes what `Trainer` takes. `train_dataset` may be a `TaskMixture`, or a dataset with a column "task_ids" (any
+    other is sampled as `Trainer` does), and `eval_dataset` a `TaskMixture`, or a dict of task name to dataset.
 
     Args:
-        train_dataset: A `TaskMixture`, or a dataset with a column "task_ids"; any other is sampled as `Trainer` does.
-        eval_dataset: A `TaskMixture`, or a dict of task name to dataset.
         metrics: Task name to a metric's name (`metrics.METRICS`), a function (predictions, labels) → score, or
             several. Then `eval_<task>_<metric>` and `eval_mean` are reported; `metric_for_best_model="mean"` works.
         sampling: The sampling law, "balanced" where left out; see `tasks.sampling_weights`.
@@ -407,44 +333,6 @@ class _EpochOfSampler(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into a checkpoint after the current step and an orderly end; the second ends at once.
-
-    Attributes:
-        interrupted: Whether it happened.
-
-    Example:
-        >>> with SaveOnInterrupt() as interrupt:  # doctest: +SKIP
-        ...     trainer.add_callback(interrupt)
-        ...     trainer.train()
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = None
-
-    def __enter__(self) -> SaveOnInterrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint and for the end."""
-        if self.interrupted:
-            control.should_save = True
-            control.should_evaluate = False
-            control.should_training_stop = True
 
 
 def chosen_ranks(model: nn.Module) -> dict[str, float]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .config import RankExpertConfig
 from .export import name_targets
+from .inject import inject_rank_experts
 from .lora_files import LoraCheckpoint, read_lora
-from .model import adapted_layers, find_targets, inject_rank_experts
+from .model import adapted_layers
 from .routing import TokenRouter
+from .targets import find_targets
 
 
 def from_loras(

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ..config import RankExpertConfig
 from ..files import load_rank_experts, save_rank_experts
-from ..model import adapted_layers, inject_rank_experts
+from ..inject import inject_rank_experts
+from ..model import adapted_layers
 from ..routing import TaskRouter, TokenRouter
 from .tasks import TASKS
 

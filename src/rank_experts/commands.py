@@ -1,7 +1,6 @@
-"""The command line: train, evaluate, merge, export, inspect, demo.
+"""What the commands of the command line do; `rank_experts_cli` reads the arguments and calls these.
 
-`rank-experts --help` imports nothing heavy; every command imports what it needs when it runs. What a user can mend is
-said in a line or two and ends with status 2; an interrupted training ends with 130.
+Every command imports what it needs when it runs, so that an extra that is missing stops only the command that needs it.
 """
 
 from __future__ import annotations
@@ -9,106 +8,22 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 RECIPE_COPY = "recipe.yaml"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: Arguments; None: the process's.
-
-    Returns:
-        0; 2 where something is wrong that the message explains; 130 after Ctrl-C.
-    """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] == ["demo"]:
-        # The demo has options of its own.
-        return _demo(arguments[1:])
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
-    # argparse takes no more key=value once an option came between.
-    if any(text.startswith("-") or "=" not in text or "overrides" not in args for text in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
-    command: Callable[[argparse.Namespace], int] = args.command
-    try:
-        return command(args)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        if args.traceback:
-            raise
-        print(f"rank-experts {args.name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rank-experts", description="Train and handle rank-expert adapters.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-
-    def add(name: str, command: Callable[..., int], text: str) -> argparse.ArgumentParser:
-        own = commands.add_parser(name, help=text, description=text)
-        own.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
-        own.set_defaults(command=command)
-        return own
-
-    train = add("train", _train, "Train an adapter on several tasks, as a YAML recipe says.")
-    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="for instance training.learning_rate=1e-3")
-    train.add_argument(
-        "--dry-run", action="store_true", help="check everything, show examples and sizes, train nothing"
-    )
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
-
-    evaluate = add("evaluate", _evaluate, "Evaluate a trained adapter, task by task.")
-    evaluate.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
-    evaluate.add_argument("--adapter", type=Path, help="its folder; default: the recipe's training.output_dir")
-    evaluate.add_argument("--json", type=Path, help="write the metrics there too")
-
-    merge = add("merge", _merge, "Merge an adapter into its base model's weights, exactly, and save the model.")
-    merge.add_argument("adapter", type=Path)
-    merge.add_argument("out", type=Path)
-    merge.add_argument("--task", help="the task to merge for, where the adapter routes by task")
-    merge.add_argument("--base", help="the base model, where it is not the one that the adapter names")
-
-    export = add("export", _export, "Write an adapter as a plain LoRA that any LoRA server loads.")
-    export.add_argument("adapter", type=Path)
-    export.add_argument("out", type=Path)
-    export.add_argument("--task", help="the task to export for, where the adapter routes by task")
-    export.add_argument("--base", help="the base model, where it is not the one that the adapter names")
-    export.add_argument("--calibration", type=Path, metavar="TEXT", help="a text file, a sample a line: token routers")
-
-    inspect = add("inspect", _inspect, "Say what an adapter's files hold; needs no base model.")
-    inspect.add_argument("adapter", type=Path)
-    inspect.add_argument("--json", action="store_true", help="everything, as JSON")
-
-    commands.add_parser(
-        "demo", help="Train LoRA, SMoRA and MoRE on four tasks, on the CPU, in minutes.", add_help=False
-    )
-    return parser
-
-
-def _needs(extra: str, error: ImportError) -> ImportError:
-    return ImportError(f"{error}. Install what this command needs: pip install 'rank-experts[{extra}]'")
-
-
-def _train(args: argparse.Namespace) -> int:
-    recipe, data, tokenizer = _recipe_and_data(args)
+def train(args: argparse.Namespace) -> int:
+    """Train an adapter, or with `dry_run` show the job; return 0, or 130 after Ctrl-C."""
+    recipe = _recipe(args)
     from transformers.trainer_utils import get_last_checkpoint, set_seed
 
     from .assemble import build_model, build_trainer, training_arguments
-    from .trainer import SaveOnInterrupt
+    from .callbacks import SaveOnInterrupt
 
     training = training_arguments(recipe)
+    data, tokenizer = _data(args, recipe)
     out = Path(training.output_dir or "")
     if args.dry_run:
         _show(recipe, data, training)
@@ -136,11 +51,13 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    recipe, data, tokenizer = _recipe_and_data(args)
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluate an adapter, task by task."""
+    recipe = _recipe(args)
     from .assemble import build_model, build_trainer, training_arguments
 
     training = training_arguments(recipe, report_to=[])
+    data, tokenizer = _data(args, recipe)
     adapter = args.adapter or Path(training.output_dir or "")
     trainer = build_trainer(recipe, build_model(recipe, data, adapter), data, tokenizer, training)
     metrics = trainer.evaluate()
@@ -150,25 +67,26 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe_and_data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    try:
-        from .prepare import prepare
-        from .recipe import read_recipe
-    except ImportError as error:
-        raise _needs("train", error) from error
-    recipe = read_recipe(args.recipe, args.overrides)
+def _recipe(args: argparse.Namespace) -> Any:
+    from .recipe import read_recipe
+
+    return read_recipe(args.recipe, args.overrides)
+
+
+def _data(args: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
     from .assemble import load_tokenizer
+    from .prepare import prepare
 
     try:
         tokenizer = load_tokenizer(recipe)
     except OSError as error:
         raise FileNotFoundError(f"model.name {recipe.model.name!r} cannot be loaded: {error}") from error
-    return recipe, prepare(recipe, tokenizer, args.recipe.resolve().parent), tokenizer
+    return prepare(recipe, tokenizer, args.recipe.resolve().parent), tokenizer
 
 
 def _show(recipe: Any, data: Any, training: Any) -> None:
     from .assemble import adapter_config, load_base
-    from .model import inject_rank_experts
+    from .inject import inject_rank_experts
     from .tasks import TaskMixture, TaskSampler
 
     for name, task in data.items():
@@ -210,22 +128,24 @@ def _print_metrics(metrics: dict[str, float], recipe: Any) -> None:
     print(f"{'mean':{wide}}  {metrics['eval_mean']:.4f}")
 
 
-def _merge(args: argparse.Namespace) -> int:
+def merge(args: argparse.Namespace) -> int:
+    """Merge an adapter and save the model."""
     from .assemble import load_adapted
-    from .heads import HEADS_CONFIG, HEADS_FILE
+    from .heads import HEADS_FILES
     from .merge import merge_rank_experts
 
     model = load_adapted(args.adapter, args.base)
     merge_rank_experts(model, task=args.task, safe_merge=True, unload=True)
     model.save_pretrained(args.out)
     for file in args.adapter.iterdir():
-        if file.name in (HEADS_CONFIG, HEADS_FILE) or file.name.startswith(("tokenizer", "special_tokens", "vocab")):
+        if file.name in HEADS_FILES or file.name.startswith(("tokenizer", "special_tokens", "vocab")):
             shutil.copyfile(file, args.out / file.name)
     print(f"The merged model is in {args.out}.")
     return 0
 
 
-def _export(args: argparse.Namespace) -> int:
+def export(args: argparse.Namespace) -> int:
+    """Export an adapter as a plain LoRA."""
     from .assemble import load_adapted
     from .export import export_lora
 
@@ -255,19 +175,12 @@ def _calibration(file: Path, tokenizer_name: str) -> list[Any]:
     ]
 
 
-def _inspect(args: argparse.Namespace) -> int:
-    from .inspection import format_report, inspect_adapter
+def inspect(args: argparse.Namespace) -> int:
+    """Print the report on an adapter's files."""
+    from .report import inspect_adapter
 
     report = inspect_adapter(args.adapter)
-    print(json.dumps(report, indent=2) if args.json else format_report(report))
+    if args.html is not None:
+        report.save(args.html)
+    print(json.dumps(report.to_dict(), indent=2, allow_nan=False) if args.json else report.to_text().rstrip())
     return 0
-
-
-def _demo(arguments: list[str]) -> int:
-    from . import demo
-
-    return demo.main(arguments) or 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The command line: train, evaluate, merge, export, inspect, demo.
+
+A package of its own, because importing `rank_experts` imports torch and PEFT, which takes seconds: help and mistyped
+arguments are answered without. The library is imported when a command runs. What a user can mend is said in a line or
+two and ends with status 2; an interrupted training ends with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_RECIPE = "a YAML file: model, adapter, tasks and training, see docs/training.md"
+_OVERRIDES = "values that replace the recipe's, for instance training.learning_rate=1e-3"
+_ADAPTER = "the adapter's folder"
+_EXTRAS = {"train": "train", "evaluate": "train"}
+_BASE = "the base model, where it is not the one that the adapter names"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments; None: the process's.
+
+    Returns:
+        0; 2 where something is wrong that the message explains; 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["demo"]:
+        # The demo has options of its own.
+        return importlib.import_module("rank_experts.demo").main(arguments[1:]) or 0
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes no more key=value once an option came between.
+    if any(text.startswith("-") or "=" not in text or "overrides" not in args for text in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    try:
+        return getattr(importlib.import_module("rank_experts.commands"), args.name)(args)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        if args.traceback:
+            raise
+        extra = _EXTRAS.get(args.name) if isinstance(error, ModuleNotFoundError) else None
+        hint = f". Install what this command needs: pip install 'rank-experts[{extra}]'" if extra else ""
+        print(f"rank-experts {args.name}: {error}{hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rank-experts", description="Train and handle rank-expert adapters.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=text, description=text)
+        own.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+        return own
+
+    train = add("train", "Train an adapter on several tasks, as a YAML recipe says.")
+    train.add_argument("recipe", type=Path, metavar="RECIPE", help=_RECIPE)
+    train.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, show examples and sizes, train nothing"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+
+    evaluate = add("evaluate", "Evaluate a trained adapter, task by task.")
+    evaluate.add_argument("recipe", type=Path, metavar="RECIPE", help=_RECIPE)
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    evaluate.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="the adapter's; default: the recipe's training.output_dir"
+    )
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there too")
+
+    merge = add("merge", "Merge an adapter into its base model's weights, exactly, and save the model.")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help=_ADAPTER)
+    merge.add_argument("out", type=Path, metavar="OUT", help="the folder to save the merged model in")
+    merge.add_argument("--task", help="the task to merge for, where the adapter routes by task")
+    merge.add_argument("--base", metavar="MODEL", help=_BASE)
+
+    export = add("export", "Write an adapter as a plain LoRA that any LoRA server loads.")
+    export.add_argument("adapter", type=Path, metavar="ADAPTER", help=_ADAPTER)
+    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write; one for each task without --task")
+    export.add_argument("--task", help="the task to export for, where the adapter routes by task")
+    export.add_argument("--base", metavar="MODEL", help=_BASE)
+    export.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text, a sample a line: token-routed adapters need it"
+    )
+
+    inspect = add("inspect", "Say what an adapter's files hold; needs no base model.")
+    inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help=_ADAPTER)
+    inspect.add_argument("--json", action="store_true", help="print everything, as JSON")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write the report there too, as one page with plots")
+
+    commands.add_parser(
+        "demo", help="Train LoRA, SMoRA and MoRE on four tasks, on the CPU, in minutes.", add_help=False
+    )
+    return parser
