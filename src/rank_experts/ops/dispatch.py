@@ -128,6 +128,11 @@ def rank_experts(
     return Adapted(y, indices)
 
 
+def has_enough_to_share(x: Tensor) -> bool:
+    """Say whether any layer might share its products with x (…, d_in); cheaper than `may_share`, for decoding."""
+    return x.numel() >= min(_SHARED_TOKENS, _SHARED_TOKENS_WITHOUT_ROUTER) * x.shape[-1]
+
+
 def may_share(x: Tensor, reader: Reader) -> bool:
     """Say whether a layer's products with x (…, d_in) are worth computing together with other layers'.
 
