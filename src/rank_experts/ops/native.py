@@ -199,7 +199,7 @@ def token_backward(
             _pointer(balance_bias), _pointer(dx if needed[0] else None), dx is not dx_base, _pointer(ddropped),
             _pointer(dA), _pointer(dB), _pointer(dweight), scratch.data_ptr(),
         )  # fmt: skip
-    if dx is not None and dx_base is not None and dx is not dx_base:
+    if dx is not None and dx is not dx_base and dx_base is not None:
         dx = dx_base.add_(dx)
     return (
         dx.view(x.shape) if needed[0] and dx is not None else None,

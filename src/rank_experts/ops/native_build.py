@@ -100,8 +100,9 @@ def _open(path: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeBuildError(f"What the compiler made cannot be loaded: {error}.") from error
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    common: list[Any] = [*[integer] * 8, ctypes.c_double]
+    pointer: Any = ctypes.c_void_p
+    integer: Any = ctypes.c_int64
+    common = [*[integer] * 8, ctypes.c_double]
     loaded.rank_experts_logits.argtypes = [*[integer] * 4, *[pointer] * 4]
     loaded.rank_experts_logits.restype = integer
     loaded.rank_experts_decode.argtypes = [*common, *[pointer] * 7]
