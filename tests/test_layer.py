@@ -8,8 +8,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import oracle
+from helpers import task_config
+from models import batch, llama
+from rank_experts import inject_rank_experts
 from rank_experts.context import Call, RoutingScope
 from rank_experts.layer import AdapterSettings, RankExpertLinear
+from rank_experts.model import adapted_layers
 from rank_experts.routing import TaskRouter, TokenRouter
 
 D_IN, D_OUT, R = 5, 7, 6
@@ -170,3 +174,25 @@ def test_no_tokens():
     layer = make_layer("token")
     layer.train()
     assert layer(torch.randn(0, 4, D_IN, dtype=torch.float64)).shape == (0, 4, D_OUT)
+
+
+def test_the_order_of_gradients_does_not_depend_on_the_tasks():
+    """DeepSpeed's ZeRO-2 adds up, over the processes, the gradients that come first, second, …"""
+
+    def order(used):
+        model = inject_rank_experts(llama(num_hidden_layers=1), task_config()).train()
+        found = []
+        for path, layer in adapted_layers(model):
+            gate_bias = layer.rank_expert_router["default"].gate_bias
+            with torch.no_grad():
+                gate_bias.copy_(9 * torch.nn.functional.one_hot(torch.tensor(used(path) - 1), 4))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: found.append(name))
+        model(**batch("llama"), task_ids=torch.tensor([0, 1, 2, 0])).loss.backward()
+        return found
+
+    expected = order(lambda path: 4)
+    assert len(expected) == 7 * 5
+    assert order(lambda path: 2) == expected
+    assert order(lambda path: 2 if "k_proj" in path or "up_proj" in path else 4) == expected

@@ -163,7 +163,10 @@ class RankExpertLinear(nn.Module, MergeableLayer):
         gate: TokenRouter | Tensor | None = router if isinstance(router, TokenRouter) else None
         if isinstance(router, TaskRouter):
             gate, used = self._task_gates(router, x, adapter_name, call)
-            A, B = (A, B) if used == len(A) else (A[:used], B[:, :used])
+            if used is not None:
+                # Even where all are used: the order in which gradients come must not depend on a process's tasks,
+                # because DeepSpeed's ZeRO-2 adds up what comes first, second, … on each.
+                A, B = A.narrow(0, 0, used), B.narrow(1, 0, used)
         shared = None
         if call is not None and not torch.compiler.is_compiling():
             shared = call.inputs.take(self, adapter_name, x)
@@ -214,8 +217,10 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             assert adapted.routing is not None
             call.losses.append((adapter_name, settings.balance_coef * balance_loss(adapted.routing, mask)))
 
-    def _task_gates(self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None) -> tuple[Tensor, int]:
-        # Gates, a row for each task id, and how many ranks the ids' tasks use at most.
+    def _task_gates(
+        self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None
+    ) -> tuple[Tensor, int | None]:
+        # Gates, a row for each task id, and how many ranks the ids' tasks use at most; None: not known.
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
@@ -223,10 +228,10 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
         routing: Routing = router(ids)
         self._observe(routing, x, adapter_name)
-        if torch.compiler.is_compiling() or not ids.shape[0] or ids.device.type != "cpu":
-            return routing.gates, router.r  # An accelerator would have to be waited for.
-        used = int(routing.indices.max())
-        return routing.gates[:, :used], used
+        if torch.compiler.is_compiling() or ids.device.type != "cpu":
+            return routing.gates, None  # An accelerator would have to be waited for.
+        used = int(routing.indices.max()) if ids.shape[0] else router.r
+        return routing.gates.narrow(1, 0, used), used
 
     def _contrast(self, router: TaskRouter, ids: Tensor, x: Tensor, settings: AdapterSettings, call: Call) -> Tensor:
         mask = call.token_mask(x)
@@ -323,10 +328,10 @@ _CONTAINERS = ("rank_expert_A", "rank_expert_B", "rank_expert_router", "rank_exp
 
 def _held(container: Any, name: str) -> Any:
     # What a ParameterDict or ModuleDict holds, from where nn.Module keeps it: their own look-up takes microseconds, of
-    # which decoding has few. None: nothing.
-    found = container._parameters.get(name)
-    if found is None:
-        found = container._modules.get(name)
+    # which decoding has few. None: nothing. Not by get(): DeepSpeed's ZeRO-3 fetches a parameter when it is indexed.
+    if name in container._parameters:
+        return container._parameters[name]
+    found = container._modules.get(name)
     return container[name] if found is None and name in container else found
 
 
