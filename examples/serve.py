@@ -18,12 +18,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import uvicorn
@@ -82,21 +82,7 @@ class RequestError(Exception):
         self.param = param
 
 
-@dataclass
-class Job:
-    """One prompt of one request, waiting for its completion."""
-
-    task: str
-    input_ids: list[int]
-    max_tokens: int
-    temperature: float
-    top_p: float
-    stops: list[str]
-    result: asyncio.Future[Completion] = field(repr=False)
-
-
-@dataclass
-class Completion:
+class Completion(NamedTuple):
     """What the model wrote for one prompt."""
 
     text: str
@@ -104,12 +90,20 @@ class Completion:
     finish_reason: str
 
 
+class Job(NamedTuple):
+    """One prompt of a request, waiting for its completion."""
+
+    request: CompletionRequest
+    input_ids: list[int]
+    result: asyncio.Future[Completion]
+
+
 class RowSampling(LogitsProcessor):
     """Each row's own temperature and top_p; temperature 0 takes the likeliest token."""
 
     def __init__(self, jobs: list[Job], device: torch.device) -> None:
-        self.temperature = torch.tensor([job.temperature for job in jobs], device=device)[:, None]
-        self.top_p = torch.tensor([job.top_p for job in jobs], device=device)[:, None]
+        self.temperature = torch.tensor([job.request.temperature for job in jobs], device=device)[:, None]
+        self.top_p = torch.tensor([job.request.top_p for job in jobs], device=device)[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return (rows, vocabulary) scores to sample from."""
@@ -132,11 +126,11 @@ class RowStopping(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Return (rows,) true where a row is done."""
         new = input_ids[:, self.start :]
-        done = [new.shape[1] >= job.max_tokens for job in self.jobs]
+        done = [new.shape[1] >= job.request.max_tokens for job in self.jobs]
         for row, job in enumerate(self.jobs):
-            if job.stops and not done[row]:
+            if job.request.stops and not done[row]:
                 text = self.tokenizer.decode(new[row], skip_special_tokens=True)
-                done[row] = any(stop in text for stop in job.stops)
+                done[row] = any(stop in text for stop in job.request.stops)
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -172,23 +166,18 @@ class Engine:
             raise RequestError(400, f"max_tokens={request.max_tokens}: at most {max_new_tokens} here.", "max_tokens")
         if not 1 <= len(request.prompts) <= max_prompts:
             raise RequestError(400, f"{len(request.prompts)} prompts: expected 1 to {max_prompts}.", "prompt")
+        limit = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         jobs = []
         for prompt in request.prompts:
             ids = self.tokenizer(prompt)["input_ids"]
-            limit = getattr(self.model.config, "max_position_embeddings", None)
             if not prompt or not ids:
                 raise RequestError(400, "The prompt is empty.", "prompt")
-            if limit is not None and len(ids) + request.max_tokens > limit:
-                raise RequestError(
-                    400,
+            if len(ids) + request.max_tokens > limit:
+                text = (
                     f"The prompt has {len(ids)} tokens and max_tokens is {request.max_tokens}: together more than the "
-                    f"model's {limit}.",
-                    "prompt",
                 )
-            future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-            jobs.append(
-                Job(request.model, ids, request.max_tokens, request.temperature, request.top_p, request.stops, future)
-            )
+                raise RequestError(400, f"{text}model's {limit}.", "prompt")
+            jobs.append(Job(request, ids, asyncio.get_running_loop().create_future()))
         return jobs
 
     @torch.inference_mode()
@@ -196,11 +185,11 @@ class Engine:
         """Generate for all jobs at once, each routed for its own task."""
         self.batches += 1
         self.requests += len(jobs)
-        self.mixed_batches += len({job.task for job in jobs}) > 1
+        self.mixed_batches += len({job.request.model for job in jobs}) > 1
         inputs = self.tokenizer.pad({"input_ids": [job.input_ids for job in jobs]}, return_tensors="pt")
         inputs = inputs.to(self.model.device)
         start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        tasks = [job.task for job in jobs]
+        tasks = [job.request.model for job in jobs]
         with use_task(self.model, tasks) if self.routes_by_task else contextlib.nullcontext():
             output = self.model.generate(
                 input_ids=inputs["input_ids"],
@@ -209,7 +198,7 @@ class Engine:
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                max_new_tokens=max(job.max_tokens for job in jobs),
+                max_new_tokens=max(job.request.max_tokens for job in jobs),
                 pad_token_id=self.tokenizer.pad_token_id,
                 logits_processor=LogitsProcessorList([RowSampling(jobs, self.model.device)]),
                 stopping_criteria=StoppingCriteriaList([RowStopping(jobs, self.tokenizer, start)]),
@@ -219,12 +208,12 @@ class Engine:
     def _cut(self, job: Job, tokens: list[int]) -> Completion:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        tokens = tokens[: job.max_tokens]
+        tokens = tokens[: job.request.max_tokens]
         ended = next((number for number, token in enumerate(tokens) if token in ends), None)
         reason = "length" if ended is None else "stop"
         tokens = tokens[:ended]
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        cuts = [text.index(stop) for stop in job.stops if stop in text]
+        cuts = [text.index(stop) for stop in job.request.stops if stop in text]
         if cuts:
             # A stop string may end before the row did: what its batch padded after it does not count.
             text, reason = text[: min(cuts)], "stop"
@@ -277,22 +266,14 @@ class Batcher:
 
     async def _gather(self) -> list[Job]:
         jobs: list[Job] = []
-        deadline = None
-        while len(jobs) < self.max_batch_size:
-            try:
-                job = await self._next(deadline)
-            except asyncio.TimeoutError:
-                break
-            if job.result.cancelled():  # its client went away
-                continue
-            jobs.append(job)
-            deadline = deadline or time.monotonic() + self.max_wait
+        while not jobs:
+            jobs = [await self.queue.get()]
+            if self.queue.qsize() < self.max_batch_size - 1:
+                await asyncio.sleep(self.max_wait)
+            while len(jobs) < self.max_batch_size and not self.queue.empty():
+                jobs.append(self.queue.get_nowait())
+            jobs = [job for job in jobs if not job.result.cancelled()]  # their clients went away
         return jobs
-
-    async def _next(self, deadline: float | None) -> Job:
-        with contextlib.suppress(asyncio.QueueEmpty):
-            return self.queue.get_nowait()
-        return await asyncio.wait_for(self.queue.get(), deadline and max(0.0, deadline - time.monotonic()))
 
 
 def build_app(

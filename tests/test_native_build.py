@@ -16,14 +16,31 @@ from rank_experts.ops import native_build
 from rank_experts.ops.native_build import NativeBuildError, cache_folder, find_compiler
 
 COMPILER = find_compiler()
+PACKAGED = native_build.SOURCE
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-LOAD = "from rank_experts.ops.native_build import library; assert library().rank_experts_columns() > 0"
+LOAD = """
+from pathlib import Path
+from rank_experts.ops import native_build
+native_build.SOURCE = Path({source!r})
+assert native_build.library().rank_experts_columns() == 7
+"""
+# Compiled in no time.
+SMALL = """extern "C" {
+long rank_experts_columns() { return 7; }
+long rank_experts_logits() { return 0; }
+void rank_experts_decode() {}
+void rank_experts_forward() {}
+void rank_experts_backward() {}
+}
+"""
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(native_build.SWITCH, raising=False)
+    (tmp_path / "native.cpp").write_text(SMALL)
+    monkeypatch.setattr(native_build, "SOURCE", tmp_path / "native.cpp")
     _warnings.warn_once.cache_clear()
     yield
     _warnings.warn_once.cache_clear()
@@ -58,40 +75,32 @@ def test_it_is_compiled_once_and_kept_for_this_user_alone(monkeypatch):
 
 
 @needs_compiler
-def test_another_source_is_another_file(monkeypatch, tmp_path):
+def test_another_source_is_another_file():
     load()
-    changed = tmp_path / "native.cpp"
-    changed.write_text(native_build.SOURCE.read_text() + "// changed\n")
-    monkeypatch.setattr(native_build, "SOURCE", changed)
+    native_build.SOURCE.write_text(SMALL + "// changed\n")
     load()
     assert len(kept()) == 2
 
 
 @needs_compiler
-def test_it_runs_on_the_threads_that_pytorch_has():
-    load()
+def test_the_kernel_itself_runs_on_the_threads_that_pytorch_has(monkeypatch):
+    monkeypatch.setattr(native_build, "SOURCE", PACKAGED)
+    assert load().rank_experts_columns() % 16 == 0
     mapped = Path("/proc/self/maps").read_text().splitlines()
     assert len({line.split()[-1] for line in mapped if "libgomp" in line}) == 1
 
 
 @needs_compiler
-def test_two_processes_may_compile_at_once():
-    processes = [subprocess.Popen([sys.executable, "-c", LOAD], stderr=subprocess.PIPE) for _ in range(2)]
-    for process in processes:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr.decode()
-    assert [path.suffix for path in kept()] == [".so"]
-
-
-@needs_compiler
-def test_a_damaged_file_is_made_anew():
-    load()
-    (path,) = kept()
-    # Another file, since this process has mapped the first.
-    path.unlink()
-    path.write_bytes(b"not a shared object")
-    assert load() is not None
-    assert path.read_bytes()[:4] == b"\x7fELF"
+def test_two_processes_may_compile_at_once_and_a_damaged_file_is_made_anew():
+    script = LOAD.format(source=str(native_build.SOURCE))
+    for _ in range(2):
+        processes = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) for _ in range(2)]
+        for process in processes:
+            _, stderr = process.communicate(timeout=300)
+            assert process.returncode == 0, stderr.decode()
+        (path,) = kept()
+        assert path.read_bytes()[:4] == b"\x7fELF"
+        path.write_bytes(b"not a shared object")
 
 
 @needs_compiler
@@ -119,7 +128,7 @@ def test_a_read_only_cache_is_not_used(tmp_path):
 def test_a_compiler_that_knows_no_options_is_asked_without(monkeypatch, tmp_path):
     body = f'case "$*" in *march*|*openmp*) exit 1;; esac\nexec {COMPILER[0]} "$@"'
     monkeypatch.setenv("CXX", command(tmp_path / "bin", body))
-    assert load().rank_experts_columns() > 0
+    assert load().rank_experts_columns() == 7
 
 
 def test_without_a_compiler_pytorch_does_the_work_in_silence(monkeypatch, tmp_path):
@@ -135,10 +144,11 @@ def test_without_a_compiler_pytorch_does_the_work_in_silence(monkeypatch, tmp_pa
 
 def test_a_compiler_that_fails_is_reported_once(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", command(tmp_path / "bin", "echo 'no disk' >&2; exit 4"))
-    with pytest.warns(UserWarning, match="no disk") as warned:
+    with pytest.warns(UserWarning, match="no disk"):
         assert load() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert load() is None
-    assert len(warned) == 1
     assert kept() == []
     monkeypatch.setenv(native_build.SWITCH, "1")
     with pytest.raises(NativeBuildError, match="no disk"):
@@ -155,5 +165,5 @@ def test_it_can_be_turned_off(monkeypatch):
 
 
 def test_the_source_is_part_of_the_package():
-    assert native_build.SOURCE.parent == Path(native_build.__file__).parent
-    assert native_build.SOURCE.is_file()
+    assert PACKAGED.parent == Path(native_build.__file__).parent
+    assert PACKAGED.is_file()

@@ -48,6 +48,12 @@ def test_a_good_recipe_is_read(tmp_path):
         ("{sentence}", "{sentence.x}", 8, r"tasks.first: template .*is not a column's name"),
         ("max_steps: 4", "max_step: 4", 20, r"training.max_step: unknown key. The nearest is 'max_steps'"),
         ("training:\n  output_dir: out", "training:\n  seed: 1", 17, r"training: output_dir is missing"),
+        (
+            "columns: [sentence, other]",
+            "columns:\n      - sentence\n      - [other]",
+            17,
+            r"tasks.last.columns.1: .*valid string",
+        ),
         ("tasks:\n", "task:\n", 7, r"task: unknown key. The nearest is 'tasks'"),
         ("  r: 8", "  r: [8", 7, r"expected"),
         ("  r: 8", "  r: 8\n  r: 4", 7, r"duplicate key"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import socket
 import subprocess
@@ -164,6 +165,33 @@ def test_requests_of_different_tasks_share_a_forward(server, engine):
     assert after["mixed_batches"] - before["mixed_batches"] >= 4
 
 
+def alive():
+    """Bytes of live tensors, and how many jobs and completions there are."""
+    gc.collect()
+    objects = gc.get_objects()
+    tensors = [thing for thing in objects if isinstance(thing, torch.Tensor)]
+    requests = [thing for thing in objects if type(thing) in (serve.Job, serve.Completion, serve.CompletionRequest)]
+    return sum(tensor.nbytes for tensor in tensors), len(requests)
+
+
+def test_memory_stays_flat_over_many_requests(engine):
+    """Good and bad requests of all tasks, from many clients: nothing of them is left when they are answered."""
+    kinds = [
+        *({"model": task, "prompt": "hello", "max_tokens": 4, "stop": "x"} for task in TASKS),
+        {"model": "cola", "prompt": ["one", "two"], "max_tokens": 3, "temperature": 0},
+        {"model": "nope", "prompt": "hello"},
+        {"model": "rte", "prompt": "hello", "max_tokens": 0},
+    ]
+    with Server(engine, max_batch_size=8, max_wait=0.01) as server:
+        sizes = []
+        for _ in range(4):
+            answers = server.post_all(kinds * 12)
+            assert {answer.status_code for answer in answers} == {200, 400, 404}
+            del answers
+            sizes.append(alive())
+        assert sizes[1:] == sizes[:1] * 3
+
+
 def test_several_prompts_in_one_request(server, engine):
     body = server.post(model="cola", prompt=["one", "a longer one", "x"], max_tokens=5, temperature=0).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
@@ -190,9 +218,9 @@ def test_stop_strings_end_a_completion(server, engine):
 
 def test_sampling_options_belong_to_the_row():
     scores = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
-    jobs = [
-        serve.Job("", [], 1, temperature, top_p, [], None) for temperature, top_p in ((0, 1.0), (2.0, 1.0), (1.0, 0.5))
-    ]
+    options = ((0, 1.0), (2.0, 1.0), (1.0, 0.5))
+    requests = [serve.CompletionRequest(model="rte", prompt="", temperature=t, top_p=p) for t, p in options]
+    jobs = [serve.Job(request, [], None) for request in requests]
     chosen = serve.RowSampling(jobs, torch.device("cpu"))(None, scores).softmax(1)
     torch.testing.assert_close(chosen[0], torch.tensor([0.0, 1.0, 0.0]))
     torch.testing.assert_close(chosen[1], (scores[1] / 2).softmax(0))

@@ -28,6 +28,8 @@ D = 16
 def projected(monkeypatch):
     """The number of matrices in each joint product; the native kernel, which shares nothing, is out of the way."""
     monkeypatch.setattr(native, "supports", lambda *args: False)
+    for name in ("_SHARED_TOKENS", "_SHARED_TOKENS_WITHOUT_ROUTER"):
+        monkeypatch.setattr(dispatch, name, 33)
     counts: list[int] = []
 
     def project(x, matrices, dtype):
@@ -123,7 +125,7 @@ def test_a_model_learns_like_one_that_shares_nothing(gate, name, projected):
 @pytest.mark.parametrize(
     "options",
     [{}, {"biased_gates": True}, {"score_function": "softmax"}, {"expert_rank": 2}, {"make": dense_config}],
-    ids=str,
+    ids=["sigmoid", "biased", "softmax", "blocks", "dense"],
 )
 def test_every_gate_and_dtype(options, dtype, projected):
     runs = [step(block(share, **options).to(dtype), X.to(dtype)) for share in (True, False)]

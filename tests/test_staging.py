@@ -86,6 +86,13 @@ def test_what_fails_leaves_everything_as_it_was(tmp_path, monkeypatch, existing,
         assert (tmp_path / "target/one").read_text() == "old"
 
 
+def test_a_new_folder_that_cannot_be_renamed_is_not_there(tmp_path, monkeypatch):
+    fail_at(monkeypatch, "rename", 1)
+    with pytest.raises(OSError, match="No space left"):
+        write_files(tmp_path / "target", NEW)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("existing", [False, True])
 def test_every_file_and_folder_is_on_the_disk_before_it_counts(tmp_path, monkeypatch, existing):
     if existing:
@@ -94,6 +101,7 @@ def test_every_file_and_folder_is_on_the_disk_before_it_counts(tmp_path, monkeyp
     fsync = os.fsync
 
     def record(handle):
+        assert stat.S_ISDIR(os.fstat(handle).st_mode) or os.fstat(handle).st_size, "still in a buffer of this process"
         events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")).split(".saving.")[0].lstrip("."))
         fsync(handle)
 

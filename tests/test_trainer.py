@@ -167,12 +167,12 @@ def test_loads_losses_and_ranks_are_logged(tmp_path):
 
 def test_load_statistics_are_their_definitions(monkeypatch):
     callback = RankExpertCallback()
-    loads = {("a", "default"): torch.tensor([3.0, 1.0, 0.0, 0.0])}
+    loads = {("a", "default"): torch.tensor([3.0, 1.0, 1.0, 0.0, 0.0]), ("unused", "default"): torch.zeros(5)}
     monkeypatch.setattr("rank_experts.callbacks.update_router_bias", lambda model: loads)
     for _ in range(2):
         callback.on_optimizer_step(None, TrainerState(), None, model=torch.nn.Linear(1, 1))
-    share = np.array([3, 1, 0, 0])
-    expected = {"load_cv": share.std(), "load_max": 3.0, "load_idle": 0.5}
+    share = np.array([3, 1, 1, 0, 0])
+    expected = {"load_cv": share.std(), "load_max": 3.0, "load_idle": 0.4}
     assert callback.take_statistics() == pytest.approx(expected, abs=1e-4)
     assert callback.take_statistics() == {}
 

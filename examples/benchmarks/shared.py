@@ -20,6 +20,7 @@ from rank_experts import RankExpertConfig, inject_rank_experts
 from variants import pytorch_or_native, step
 
 NAMES = ["q", "k", "v"]
+KINDS = ["base", "lora64", "smora apart", "smora shared", "dense64 apart", "dense64 shared", "smora native"]
 
 
 class Readers(nn.Module):
@@ -62,12 +63,11 @@ def main() -> None:
     parser.add_argument("--name", default="shared")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kinds = ["base", "lora64", "smora apart", "smora shared", "dense64 apart", "dense64 shared", "smora native"]
     rows = []
     for dtype_name, d, num_tokens in product(args.dtype, args.width, args.tokens):
         dtype = getattr(torch, dtype_name)
         x, dy = torch.randn(num_tokens, d, dtype=dtype, requires_grad=True), torch.randn(num_tokens, d, dtype=dtype)
-        runs = {kind: pytorch_or_native(kind, step(variant(kind, d, dtype).train(), x, dy)) for kind in kinds}
+        runs = {kind: pytorch_or_native(kind, step(variant(kind, d, dtype).train(), x, dy)) for kind in KINDS}
         times = in_turn(runs, args.repeats, args.clock)
         base, lora = (times[kind]["median_ms"] for kind in ("base", "lora64"))
         overhead = {name: round((value["median_ms"] - base) / (lora - base), 3) for name, value in times.items()}

@@ -8,7 +8,6 @@ matches, whether top_k fits a layer whose rank a pattern changes) is checked at 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from typing import Any
 from peft import PeftConfig, PeftType
 
 from .checks import as_list, check_count, check_expression, check_names, check_number
-from .storage import read_pair
+from .storage import parse_json, read_pair
 
 FORMAT_VERSION = 1
 """The version of the files on disk. A reader refuses a higher one."""
@@ -356,21 +355,6 @@ def read_fields(file: Path, config: bytes, saved_config: bytes | None = None) ->
                     "the file, or the weights that belong to it; to change a value, load the adapter, change it in "
                     "model.peft_config and save it again."
                 )
-    return values
-
-
-def parse_json(file: Path, config: bytes) -> dict[str, Any]:
-    """Parse an object of config fields, of any method; `file` is for messages.
-
-    Raises:
-        ValueError: Not JSON, or not an object.
-    """
-    try:
-        values = json.loads(config)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}: expected an object of config fields.")
     return values
 
 

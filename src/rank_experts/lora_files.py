@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from .config import parse_json
 from .layout import PREFIX
-from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, parse_weights, read_config_bytes, read_weights
+from .storage import CONFIG_FILE, WEIGHTS_FILE, check_tensor, parse_json, parse_weights, read_config_bytes, read_weights
 
 # Options of LoraConfig that change what a checkpoint computes, and the values that leave it a plain LoRA.
 _PLAIN = {

@@ -16,9 +16,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
-from .config import PEFT_TYPE, RankExpertConfig, parse_json
+from .config import PEFT_TYPE, RankExpertConfig
 from .files import read_adapter
-from .storage import CONFIG_FILE, PICKLE_REFUSED, WEIGHTS_FILE, read_config_bytes, read_weights
+from .storage import CONFIG_FILE, PICKLE_REFUSED, WEIGHTS_FILE, parse_json, read_config_bytes, read_weights
 
 _DOWNLOAD = frozenset(inspect.signature(hf_hub_download).parameters)
 

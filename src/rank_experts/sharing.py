@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import Reader, Shared, may_share, share
+from .ops import Reader, Shared, has_enough_to_share, may_share, share
 
 if TYPE_CHECKING:
     from .layer import RankExpertLinear
@@ -63,6 +63,8 @@ class InputSharing:
         Returns:
             None where the layer computes on its own.
         """
+        if not has_enough_to_share(x):
+            return None
         reader = layer.reader(adapter_name)
         if reader is None or not self._is_safe(layer, x) or not may_share(x, reader):
             return None

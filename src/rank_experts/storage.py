@@ -119,6 +119,21 @@ def read_config_bytes(folder: Path, name: str = CONFIG_FILE) -> bytes:
         return file.read()
 
 
+def parse_json(file: Path, config: bytes) -> dict[str, Any]:
+    """Parse a config, of any method; `file` is for messages.
+
+    Raises:
+        ValueError: Not JSON, or not an object.
+    """
+    try:
+        values = json.loads(config)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}: expected an object of config fields.")
+    return values
+
+
 def read_weights(folder: Path, header_only: bool = False, name: str = WEIGHTS_FILE) -> bytes:
     """Read an adapter's safetensors file, or another pair's, and check its digest where it carries one.
 

@@ -22,8 +22,10 @@ from .gate import GateSpec
 from .reference import rank_experts_reference
 from .shared import Reader, Shared, project
 
-# Up to this many tokens, layers that read the same input compute their products with it one by one.
-_SHARED_TOKENS = 32
+# Below this many tokens, grouping the products of layers that read one input costs what it saves, as measured on a CPU
+# (examples/benchmarks/shared.py); a layer without a token router has half as much to share.
+_SHARED_TOKENS = 512
+_SHARED_TOKENS_WITHOUT_ROUTER = 2048
 _PLAIN = {Tensor, nn.Parameter}
 _CHOICES = {
     "gate": "fused function, gate in PyTorch",
@@ -115,7 +117,9 @@ def rank_experts(
         base = Base(None, False, (fresh or output is not None) and _may_overwrite(tensor), dtype)
     if not isinstance(gate, TokenRouter):
         announce("fused PyTorch function")
-        projection = None if shared is None else shared.projection[:, : len(A)]
+        projection = None if shared is None else shared.projection
+        if projection is not None and projection.shape[1] > len(A):  # The ranks that the batch's tasks use.
+            projection = projection[:, : len(A)]
         return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base, projection))
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
     kernels = gate_kernels(x, A, B, gate.weight, gate.top_k, dtype)
@@ -124,14 +128,20 @@ def rank_experts(
     return Adapted(y, indices)
 
 
+def has_enough_to_share(x: Tensor) -> bool:
+    """Say whether any layer might share its products with x (…, d_in); cheaper than `may_share`, for decoding."""
+    return x.numel() >= min(_SHARED_TOKENS, _SHARED_TOKENS_WITHOUT_ROUTER) * x.shape[-1]
+
+
 def may_share(x: Tensor, reader: Reader) -> bool:
     """Say whether a layer's products with x (…, d_in) are worth computing together with other layers'.
 
-    Not for few tokens, where launches decide and grouping costs more than it saves; nor where the native kernel
-    multiplies only what a token chose.
+    Not for few tokens, where grouping costs more than it saves; nor where the native kernel multiplies only what a
+    token chose.
     """
     matrices = [matrix for matrix in reader[:3] if isinstance(matrix, Tensor)]
-    if x.numel() <= _SHARED_TOKENS * x.shape[-1] or not {type(x), *map(type, matrices)} <= {Tensor, nn.Parameter}:
+    enough = _SHARED_TOKENS_WITHOUT_ROUTER if reader.weight is None else _SHARED_TOKENS
+    if x.numel() < enough * x.shape[-1] or not {type(x), *map(type, matrices)} <= _PLAIN:
         return False
     # What another library has moved away or taken apart (offloading, sharding) is not ours to gather.
     if any(matrix.device != x.device or matrix.is_meta or not matrix.numel() for matrix in matrices):

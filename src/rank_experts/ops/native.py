@@ -42,7 +42,7 @@ def supports(tensors: Sequence[Tensor], dtype: torch.dtype, top_k: int, num_expe
     """
     if dtype not in _DTYPES or not pays(top_k, num_experts) or library() is None:
         return False
-    return all([tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors])
+    return all(tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors)
 
 
 def pays(top_k: int, num_experts: int) -> bool:
@@ -111,7 +111,7 @@ def token_forward(
     indices = torch.empty(num_tokens, spec.top_k, dtype=torch.int64)
     flags = _flags(spec, num_experts, x, source, y, A, B, weight)
     sizes = (num_tokens, d_in, d_out, num_ranks, num_experts, spec.top_k, flags, torch.get_num_threads())
-    logits = x.view(num_tokens, d_in).float() @ weight.float().t()
+    logits = router_logits(x.view(num_tokens, d_in), weight)
     keys = selection_keys(logits, balance_bias, spec)
     narrow = torch.empty(num_tokens, spec.top_k, dtype=_index_dtype(num_experts))
     values = torch.empty(num_tokens, spec.top_k)
@@ -123,13 +123,32 @@ def token_forward(
     scratch = torch.empty(tiles * num_ranks * columns + 2 * projections.numel() + 2 * sizes[-1] * num_experts)
     if num_tokens:
         native.rank_experts_forward(
-            *sizes, spec.top_k * spec.scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(), num_experts,
-            keys.data_ptr(), balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(), narrow.data_ptr(),
+            *sizes, spec.top_k * spec.scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(),
+            num_experts, keys.data_ptr(), balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(), narrow.data_ptr(),
             values.data_ptr(), projections.data_ptr(), scratch.data_ptr(),
         )  # fmt: skip
     if (kept := values_dtype(base.dtype, spec)) is not None:
         values = values.clamp_(min=-6e4).to(kept)
     return y.to(dtype).view(shape), indices, Chosen(narrow, values, projections.to(base.dtype))
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W_gᵀ (N, E) in float32, for contiguous x (N, d_in) and W_g (E, d_in).
+
+    Products of bfloat16 numbers are exact in float32, so that a unit that multiplies the one and adds in the other is
+    as good as casting first.
+    """
+    (num_tokens, d_in), num_experts = x.shape, weight.shape[0]
+    if x.dtype == weight.dtype == _NARROW and num_tokens:
+        logits, packed = torch.empty(num_tokens, num_experts), torch.empty(-(-num_experts // 32) * 16 * d_in)
+        native = library()
+        assert native is not None
+        if native.rank_experts_logits(
+            num_tokens, d_in, num_experts, torch.get_num_threads(), x.data_ptr(), weight.data_ptr(),
+            packed.data_ptr(), logits.data_ptr(),
+        ):  # fmt: skip
+            return logits
+    return x.float() @ weight.float().t()
 
 
 def token_backward(
@@ -180,7 +199,7 @@ def token_backward(
             _pointer(balance_bias), _pointer(dx if needed[0] else None), dx is not dx_base, _pointer(ddropped),
             _pointer(dA), _pointer(dB), _pointer(dweight), scratch.data_ptr(),
         )  # fmt: skip
-    if needed[0] and dx is not dx_base and dx_base is not None:
+    if dx is not None and dx is not dx_base and dx_base is not None:
         dx = dx_base.add_(dx)
     return (
         dx.view(x.shape) if needed[0] and dx is not None else None,

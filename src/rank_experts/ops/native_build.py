@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,8 +100,11 @@ def _open(path: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeBuildError(f"What the compiler made cannot be loaded: {error}.") from error
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    pointer: Any = ctypes.c_void_p
+    integer: Any = ctypes.c_int64
     common = [*[integer] * 8, ctypes.c_double]
+    loaded.rank_experts_logits.argtypes = [*[integer] * 4, *[pointer] * 4]
+    loaded.rank_experts_logits.restype = integer
     loaded.rank_experts_decode.argtypes = [*common, *[pointer] * 7]
     loaded.rank_experts_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 8]
     loaded.rank_experts_backward.argtypes = [*common, *[pointer] * 11, integer, *[pointer] * 5]
