@@ -183,6 +183,19 @@ def test_narrow_bases(dtype, autocast):
     torch.testing.assert_close(logits(model, batch("token")).float(), logits(wide, batch("token")), rtol=0.1, atol=0.1)
 
 
+def test_without_an_active_adapter_the_bases_own_implementation_runs(make):
+    model = peft_model("dense", make)
+    calls = []
+    for module in model.modules():
+        if isinstance(module, RankExpertExperts):
+            module.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    logits(model, models.batch("llama"))
+    assert not calls
+    with model.disable_adapter():
+        logits(model, models.batch("llama"))
+    assert len(calls) == sum(isinstance(module, RankExpertExperts) for module in model.modules())
+
+
 def test_status_and_counts():
     model = peft_model("dense")
     status = model.get_model_status()
