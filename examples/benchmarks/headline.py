@@ -66,10 +66,10 @@ def compared(records: Records) -> tuple[list[str], list[str]]:
 def glue(records: Records) -> str:
     """Write the table of the GLUE benchmark's main methods."""
     tasks, methods = compared(records)
-    seeds = len({r["seed"] for r in records})
+    steps = sorted({r["steps"] for r in records})
     intro = (
-        f"One adapter for {len(tasks)} GLUE tasks: scores in percent, mean and standard deviation over {seeds} seeds "
-        "(`examples/benchmarks/glue_small.py`)."
+        f"One adapter for {len(tasks)} GLUE tasks, {' or '.join(map(str, steps))} steps: scores in percent, with the "
+        "standard deviation where a method ran with several seeds (`examples/benchmarks/glue_small.py`)."
     )
     picture = "![Mean score of each method, a point a seed](results/glue_small.svg)"
     return "\n\n".join([intro, picture, "\n".join(glue_table(records, methods, tasks))])
