@@ -29,6 +29,7 @@ from helpers import CONFIGS, assert_unchanged, fingerprint, needs_trained_biases
 from models import batch, bert, llama
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, staging
 from rank_experts.model import adapted_layers
+from rank_experts.storage import is_finite
 
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
 SMALL = dict(target_modules=["q_proj", "v_proj"])
@@ -638,3 +639,19 @@ def test_without_locks_saving_still_works_and_says_so_once(tmp_path, monkeypatch
         save_rank_experts(make(), tmp_path)
     assert (tmp_path / f".{WEIGHTS}.saving.other").exists()
     load_rank_experts(llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], True),
+        ([1.0, -2.0], True),
+        ([3e38, 3e38], True),  # whose sum overflows
+        ([1.0, float("nan")], False),
+        ([float("inf"), float("-inf")], False),
+        ([float("inf")], False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_finite(values, expected, dtype):
+    assert is_finite(torch.tensor(values, dtype=dtype)) == expected

@@ -179,16 +179,17 @@ def test_a_compiled_model_is_recorded_too():
     assert_same_usages(usages(stats), independent_counts(model, inputs))
 
 
-def test_recording_changes_no_output_and_ends_with_its_block():
+def test_recording_changes_outputs_by_rounding_alone_and_ends_with_its_block():
     model = inject_rank_experts(llama(), token_config()).eval()
     before = model(**batch("llama")).logits
     with record_routing(model) as outer:
         with record_routing(model) as inner:
-            assert torch.equal(model(**batch("llama")).logits, before)
+            # Watched layers compute apart what they compute together otherwise, which rounds differently.
+            torch.testing.assert_close(model(**batch("llama")).logits, before, rtol=0, atol=1e-6)
         once = usages(outer)
         assert_same_usages(once, usages(inner))
         model(**batch("llama"))
-    model(**batch("llama"))
+    assert torch.equal(model(**batch("llama")).logits, before)
     assert_same_usages(usages(inner), once)
     assert_same_usages(usages(outer), {path: 2 * table for path, table in once.items()})
 

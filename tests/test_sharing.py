@@ -28,7 +28,7 @@ D = 16
 def projected(monkeypatch):
     """The number of matrices in each joint product; the native kernel, which shares nothing, is out of the way."""
     monkeypatch.setattr(native, "supports", lambda *args: False)
-    for name in ("_SHARED_TOKENS", "_SHARED_TOKENS_WITHOUT_ROUTER"):
+    for name in ("_SHARED_TOKENS", "_SHARED_TOKENS_OTHERWISE"):
         monkeypatch.setattr(dispatch, name, 33)
     counts: list[int] = []
 

@@ -58,8 +58,11 @@ def page(records: list[Record], search: list[Record]) -> str:
     settings = sorted({(r["steps"], r["device"], r["dtype"]) for r in records})
     metrics = ", ".join(f"{task} {TASKS[task].metrics[0]}" for task in tasks)
     lines = ["# One adapter for several GLUE tasks", ""]
+    sizes = sorted({(found["batch_size"], found["max_length"]) for found in search if "batch_size" in found})
+    batches = "".join(f" of {size} examples of up to {length} tokens" for size, length in sizes)
     for steps, device, dtype in settings:
-        lines.append(f"{steps:,} steps a run, on {device}, {dtype}.")
+        clock = "processor seconds" if device == "cpu" else "seconds"
+        lines.append(f"{steps:,} steps{batches} a run, on {device}, {dtype}; times are {clock} of training.")
     lines += [
         "",
         f"Scores in percent, {metrics}; mean and standard deviation over seeds. 'Trained' and 'active' count the "

@@ -60,9 +60,9 @@ def memory(key: str, kind: str, against: str, dtype: str = "float32") -> Callabl
 
 
 def faster(kind: str) -> Callable[[Results], Found]:
-    """Read the published algorithm's overhead as a multiple of a kind's."""
+    """Read the published algorithm's overhead as a multiple of a kind's; of one that is lost in the noise, any."""
     return lambda results: (
-        (where, row["overhead"]["published"] / row["overhead"][kind])
+        (where, row["overhead"]["published"] / cost if (cost := row["overhead"][kind]) > 0 else float("inf"))
         for dtype in BOTH
         for where, row in _sizes(results, dtype)
         if "published" in row["overhead"] and kind in row["overhead"]

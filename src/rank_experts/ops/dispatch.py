@@ -23,9 +23,9 @@ from .reference import rank_experts_reference
 from .shared import Reader, Shared, project
 
 # Below this many tokens, grouping the products of layers that read one input costs what it saves, as measured on a CPU
-# (examples/benchmarks/shared.py); a layer without a token router has half as much to share.
+# (examples/benchmarks/shared.py): it pays from fewer tokens on for a token router in 16 bits than for the rest.
 _SHARED_TOKENS = 512
-_SHARED_TOKENS_WITHOUT_ROUTER = 2048
+_SHARED_TOKENS_OTHERWISE = 2048
 _PLAIN = {Tensor, nn.Parameter}
 _CHOICES = {
     "gate": "fused function, gate in PyTorch",
@@ -130,7 +130,7 @@ def rank_experts(
 
 def has_enough_to_share(x: Tensor) -> bool:
     """Say whether any layer might share its products with x (…, d_in); cheaper than `may_share`, for decoding."""
-    return x.numel() >= min(_SHARED_TOKENS, _SHARED_TOKENS_WITHOUT_ROUTER) * x.shape[-1]
+    return x.numel() >= min(_SHARED_TOKENS, _SHARED_TOKENS_OTHERWISE) * x.shape[-1]
 
 
 def may_share(x: Tensor, reader: Reader) -> bool:
@@ -140,18 +140,19 @@ def may_share(x: Tensor, reader: Reader) -> bool:
     token chose.
     """
     matrices = [matrix for matrix in reader[:3] if isinstance(matrix, Tensor)]
-    enough = _SHARED_TOKENS_WITHOUT_ROUTER if reader.weight is None else _SHARED_TOKENS
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else reader.A.dtype
+    early = reader.weight is not None and dtype.itemsize == 2
+    enough = _SHARED_TOKENS if early else _SHARED_TOKENS_OTHERWISE
     if x.numel() < enough * x.shape[-1] or not {type(x), *map(type, matrices)} <= _PLAIN:
         return False
     # What another library has moved away or taken apart (offloading, sharding) is not ours to gather.
     if any(matrix.device != x.device or matrix.is_meta or not matrix.numel() for matrix in matrices):
         return False
-    autocast = torch.is_autocast_enabled(x.device.type)
     if torch._C._are_functorch_transforms_active() or (autocast and x.dtype == torch.float64):
         return False
     if reader.weight is None:
         return True
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else reader.A.dtype
     return gate_kernels(x, reader.A, reader.B, reader.weight, reader.top_k, dtype) is not native
 
 
