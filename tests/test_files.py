@@ -267,3 +267,12 @@ def test_task_names_travel_with_the_adapter(tmp_path):
     save_rank_experts(make("task"), tmp_path)
     model = load_rank_experts(llama(), tmp_path)
     assert next(adapted_layers(model))[1].scope.tasks["default"] == tuple(TASKS)
+
+
+def test_a_model_without_values_is_refused(tmp_path):
+    save_rank_experts(make("token"), tmp_path)
+    base = llama().to("meta")
+    before = str(base)
+    with pytest.raises(ValueError, match="LlamaForCausalLM lies on the meta device"):
+        load_rank_experts(base, tmp_path)
+    assert str(base) == before

@@ -159,12 +159,19 @@ def load_rank_experts(
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
         ValueError: The folder holds another method's adapter, a newer format, a config out of range, or tensors
-            that are missing, unexpected, of another shape, or not finite; the message names them.
+            that are missing, unexpected, of another shape, or not finite; the message names them. Or the model
+            lies on the meta device.
 
     Example:
         >>> model = load_rank_experts(model, "my-adapter")  # doctest: +SKIP
     """
     folder = Path(path)
+    parameters = list(model.parameters())
+    if parameters and all(parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            f"{type(model).__name__} lies on the meta device, where a loaded adapter would have no values either. Give "
+            "the model its weights first (from_pretrained, or to_empty and load_state_dict), then load the adapter."
+        )
     config, tensors = read_adapter(model, folder)
     config.inference_mode = not is_trainable
     inject_rank_experts(
