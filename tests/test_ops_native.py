@@ -10,7 +10,7 @@ from torch import nn
 
 from rank_experts.ops import dispatch, native, rank_experts
 from rank_experts.ops.native_build import find_compiler, library
-from rank_experts.routing import TokenRouter
+from rank_experts.routing import TokenRouter, select_experts
 
 if find_compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -139,6 +139,15 @@ def test_only_the_gradients_that_are_needed(frozen, drop):
     assert_close(*both(base, x, A, B, router, dropped), 2e-5)
 
 
+@pytest.mark.parametrize("num_tokens", [16, 37])
+def test_bfloat16_is_rounded_to_nearest(num_tokens):
+    base, x, A, B, router = make("token", "mixed", (num_tokens, 150))
+    with torch.no_grad():
+        ours = rank_experts(base, x, A, B, router).y
+        theirs = dispatch._reference(base, x, A, B, router, 1.0, None, None).y
+    assert (ours == theirs).float().mean() > 0.95
+
+
 def test_strided_tensors():
     base, _, A, _, router = make("token", shape=(1, 40), d_out=30)
     x = (torch.randint(-8, 9, (7, 6, 80)) / 4)[..., ::2].transpose(0, 1).requires_grad_()
@@ -168,8 +177,20 @@ def test_a_second_derivative():
         torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-4 * their.abs().max().item())
 
 
+@pytest.mark.parametrize("num_experts", [2, 9, 64, 256, 300])
+def test_ties_and_signs_are_bit_for_bit_the_routers_choice(num_experts, monkeypatch):
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45])
+    keys = special[torch.randint(0, len(special), (200, num_experts))]
+    negative_nan = torch.tensor([-4194304], dtype=torch.int32).view(torch.float32)
+    keys = torch.where(keys.isnan() & (torch.rand(keys.shape) < 0.5), negative_nan, keys)
+    monkeypatch.setattr(native, "selection_keys", lambda *args: keys)
+    for top_k in {1, num_experts // 2, num_experts}:
+        tensors = make(dict(num_experts=num_experts, top_k=top_k), shape=(200, 8), d_out=8)
+        assert torch.equal(rank_experts(*tensors).indices, select_experts(keys, top_k))
+
+
 @pytest.mark.parametrize("num_tokens", [3, 100])
-def test_ties_signs_and_nans(num_tokens):
+def test_nans(num_tokens):
     base, x, A, B, router = make(dict(num_experts=20, top_k=6, score_function="softmax"), shape=(num_tokens, 20))
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, -torch.nan])
     with torch.no_grad():
