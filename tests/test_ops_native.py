@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from rank_experts.context import Call, RoutingScope
+from rank_experts.layer import AdapterSettings, RankExpertLinear
 from rank_experts.ops import dispatch, native, rank_experts
 from rank_experts.ops.native_build import find_compiler, library
 from rank_experts.routing import TokenRouter, select_experts
@@ -242,6 +244,92 @@ def test_a_few_strided_tokens_without_gradients(strided):
         ours = rank_experts(base, **tensors, gate=router)
         theirs = dispatch._reference(base, *tensors.values(), router, 1.0, None, None)
     assert_close(ours[:2], theirs[:2], 2e-5)
+
+
+def test_a_few_tokens_of_a_subclass_are_left_to_it():
+    class Own(torch.Tensor):
+        pass
+
+    base, x, A, B, router = make("token", shape=(6, 40))
+    with torch.no_grad():
+        assert native.decode(base, x.detach(), A, B, router, 0.7) is not None
+        assert native.decode(base, x.detach().as_subclass(Own), A, B, router, 0.7) is None
+
+
+def layer_with_two_adapters():
+    torch.manual_seed(0)
+    layer = RankExpertLinear(nn.Linear(40, 33), path="proj", scope=RoutingScope())
+    for name, alpha in (("default", 3.0), ("other", 5.0)):
+        router = TokenRouter(40, 8, top_k=2)
+        layer.add_adapter(name, 8, AdapterSettings(alpha=alpha), router, dropout=0.5, init_weights=False)
+    layer.set_adapter(["default"])
+    return layer.eval().requires_grad_(False)
+
+
+CHANGES = {
+    "A in place": lambda layer: layer.rank_expert_A["default"].mul_(2),
+    "A's data": lambda layer: setattr(layer.rank_expert_A["default"], "data", torch.randn(8, 40)),
+    "another B": lambda layer: layer.rank_expert_B.update({"default": torch.randn(33, 8)}),
+    "the router": lambda layer: layer.rank_expert_router["default"].weight.neg_(),
+    "the bias": lambda layer: layer.rank_expert_router["default"].balance_bias.copy_(torch.arange(8.0)),
+    "the base layer": lambda layer: setattr(layer, "base_layer", nn.Linear(40, 33)),
+    "another adapter": lambda layer: layer.set_adapter(["other"]),
+    "two adapters": lambda layer: layer.set_adapter(["default", "other"]),
+    "adapters off": lambda layer: layer.enable_adapters(False),
+    "bfloat16": lambda layer: setattr(
+        layer.rank_expert_B["default"], "data", layer.rank_expert_B["default"].bfloat16()
+    ),
+    "base hook": lambda layer: layer.base_layer.register_forward_hook(lambda module, args, y: y + 1),
+    "base pre-hook": lambda layer: layer.base_layer.register_forward_pre_hook(lambda module, args: args[0] * 2),
+    "base forward": lambda layer: setattr(layer.base_layer, "forward", lambda x: torch.ones(*x.shape[:-1], 33)),
+    "every module's hook": lambda layer: nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: y * 2 if isinstance(module, nn.Linear) else None
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_few_tokens_see_every_change(change, monkeypatch):
+    layer, x = layer_with_two_adapters(), torch.randn(2, 3, 40)
+    with torch.no_grad():
+        before = layer(x)
+        handle = CHANGES[change](layer)
+        try:
+            ours = layer(x)
+            monkeypatch.setattr(native, "supports", lambda *args: False)
+            theirs = layer(x)
+        finally:
+            if hasattr(handle, "remove"):
+                handle.remove()
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    if change != "bfloat16":
+        assert not torch.allclose(ours, before, atol=1e-3)
+
+
+def test_a_few_tokens_see_who_watches_and_who_mixes():
+    layer, x = layer_with_two_adapters(), torch.randn(2, 3, 40)
+    seen = []
+    with torch.no_grad():
+        with Call(layer.scope, observers=(lambda *args: seen.append(args),)):
+            layer(x)
+        with Call(layer.scope, adapter_names=["default", "other"]):
+            mixed = layer(x)
+        expected = layer(x[:1]), layer.set_adapter("other") or layer(x[1:])
+    assert len(seen) == 1
+    torch.testing.assert_close(mixed, torch.cat(expected))
+
+
+def test_a_few_tokens_see_dropout_and_transforms():
+    layer, x = layer_with_two_adapters(), torch.randn(3, 40)
+    with torch.no_grad():
+        plain = layer(x)
+        torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        layer.rank_expert_dropout.train()
+        assert not torch.allclose(layer(x), plain)
+        traced = torch.jit.trace(layer.eval(), x)
+        torch.testing.assert_close(traced(x[:2]), plain[:2])
 
 
 @pytest.mark.parametrize("num_tokens", [5, 300])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adaptable import in_out_features
 from .context import Call, RoutingScope, task_ids_of_layer
 from .mergeable import MergeableLayer
-from .ops import Adapted, Reader, rank_experts
+from .ops import Adapted, Reader, decode, rank_experts
 from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples, pool_gathered
 
 
@@ -139,27 +139,41 @@ class RankExpertLinear(nn.Module, MergeableLayer):
         Raises:
             ValueError: A task router was not told the tasks, or they do not fit the input.
         """
-        if self.disable_adapters:
+        # Not by PEFT's properties, nor by nn.Module's attributes, here and below: decoding has few microseconds.
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         call = self.scope.current()
-        if self.merged:
+        if self.merged_adapters:
             self._check_merged_task(call)
             return self.base_layer(x, *args, **kwargs)
         if call is not None and call.adapter_names is not None:
             return self._mixed_adapters(self.base_layer(x, *args, **kwargs), x, call)
         result = self.base_layer(x, *args, **kwargs) if args or kwargs else None
         for adapter_name in self.active_adapters:
-            if adapter_name in self.rank_expert_A:
+            if _held(self._modules["rank_expert_A"], adapter_name) is not None:
                 result = self._apply_adapter(result, x, adapter_name, call)
         return self.base_layer(x, *args, **kwargs) if result is None else result
 
     def _apply_adapter(self, result: Tensor | None, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
         # The result so far, or None before the base layer: the op applies it where that saves passes.
         settings = self.settings[adapter_name]
-        A, B, router, dropout = (_held(self._modules[name], adapter_name) for name in _CONTAINERS)
+        modules: Any = self._modules
+        A, B = _held(modules["rank_expert_A"], adapter_name), _held(modules["rank_expert_B"], adapter_name)
+        router = _held(modules["rank_expert_router"], adapter_name)
+        module = _held(modules["rank_expert_dropout"], adapter_name)
+        dropout = module if isinstance(module, nn.Dropout) and module.training else None
         scale = settings.alpha / (router.top_k if isinstance(router, TokenRouter) else A.shape[0])
+        if (
+            result is None
+            and dropout is None
+            and not self.training
+            and isinstance(router, TokenRouter)
+            and (call is None or not call.observers)
+            and (decoded := decode(modules["base_layer"], x, A, B, router, scale, want_indices=False)) is not None
+        ):
+            return decoded.y
         gate: TokenRouter | Tensor | None = router if isinstance(router, TokenRouter) else None
         if isinstance(router, TaskRouter):
             gate, used = self._task_gates(router, x, adapter_name, call)
@@ -177,9 +191,9 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             B,
             gate,
             scale=scale,
-            dropout=dropout if isinstance(dropout, nn.Dropout) and dropout.training else None,
+            dropout=dropout,
             output=result,
-            want_routing=self._wants_routing(adapter_name),
+            want_routing=self._wants_routing(adapter_name, call),
             shared=shared,
         )
         if isinstance(router, TokenRouter) and (self.training or adapted.routing is not None):
@@ -249,9 +263,9 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             pooled, example_ids, settings.contrastive_temperature, None if mask is None else mask.any(1)
         )
 
-    def _wants_routing(self, adapter_name: str) -> bool:
+    def _wants_routing(self, adapter_name: str, call: Call | None = None) -> bool:
         # Beyond the choice itself: the probabilities, for the balancing loss or for whoever watches.
-        call = self.scope.current()
+        call = call or self.scope.current()
         watched = call is not None and bool(call.observers)
         return watched or (self.training and self.settings[adapter_name].load_balance == "loss")
 
@@ -321,9 +335,6 @@ class RankExpertLinear(nn.Module, MergeableLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether PEFT may convert this layer's adapter to LoRA: only a dense one is static."""
         return self._router(adapter_name) is None
-
-
-_CONTAINERS = ("rank_expert_A", "rank_expert_B", "rank_expert_router", "rank_expert_dropout")
 
 
 def _held(container: Any, name: str) -> Any:

@@ -26,7 +26,7 @@ from .shared import Reader, Shared, project
 # (examples/benchmarks/shared.py): it pays from fewer tokens on for a token router in 16 bits than for the rest.
 _SHARED_TOKENS = 512
 _SHARED_TOKENS_OTHERWISE = 2048
-_PLAIN = {Tensor, nn.Parameter}
+_PLAIN = native.PLAIN
 _CHOICES = {
     "gate": "fused function, gate in PyTorch",
     "triton_kernels": "fused function, gate in Triton",
@@ -39,7 +39,7 @@ class Adapted(NamedTuple):
 
     Attributes:
         y: (…, d_out) base output plus update.
-        indices: (N, k) chosen experts; None without a token router.
+        indices: (N, k) chosen experts; None without a token router, or where they were not wanted.
         routing: The whole `Routing` where it was asked for; None otherwise.
     """
 
@@ -87,6 +87,14 @@ def rank_experts(
         >>> rank_experts(nn.Linear(4, 3), torch.ones(5, 4), A, B, scale=0.5).y.shape
         torch.Size([5, 3])
     """
+    if (
+        isinstance(gate, TokenRouter)
+        and dropout is None
+        and output is None
+        and not want_routing
+        and (decoded := decode(base_layer, x, A, B, gate, scale)) is not None
+    ):
+        return decoded
     autocast = torch.is_autocast_enabled(x.device.type)
     # As in PEFT's LoRA: autocast decides, and without it the adapter computes in its own dtype.
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype
@@ -98,17 +106,6 @@ def rank_experts(
     if torch.compiler.is_compiling():
         return _one_node(base_layer(x) if output is None else output, x, dropped, A, B, gate, scale, dtype)
     fresh = _is_plain(base_layer)
-    if (
-        fresh
-        and output is None
-        and dropped is None
-        and not autocast
-        and not torch.is_grad_enabled()
-        and isinstance(gate, TokenRouter)
-        and (decoded := native.decode(base_layer, x, A, B, gate, scale)) is not None
-    ):
-        announce(_CHOICES["native"])
-        return Adapted(*decoded)
     if output is None and fresh and torch.is_grad_enabled() and _joins(base_layer, x, autocast):
         base = Base(base_layer, isinstance(base_layer, Conv1D), True, dtype)
         tensor: Tensor = base_layer.weight  # type: ignore[assignment]
@@ -126,6 +123,40 @@ def rank_experts(
     announce(_CHOICES[kernels.__name__.rpartition(".")[2]])
     y, indices = token_gated(x, dropped, tensor, A, B, gate.weight, gate.balance_bias, spec, base, kernels, shared)
     return Adapted(y, indices)
+
+
+def decode(
+    base_layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, router: TokenRouter, scale: float, want_indices: bool = True
+) -> Adapted | None:
+    """Apply a layer with a token gate to a few tokens without gradients by the native kernel, where that serves.
+
+    `rank_experts` tries it first. It is apart for a layer that decodes: by then the base layer's weight has pushed
+    everything else out of the processor's caches, so that each line of Python costs ten times what it costs in a loop.
+
+    Args:
+        base_layer: The frozen layer.
+        x: (…, d_in).
+        A: (r, d_in).
+        B: (d_out, r).
+        router: The gate.
+        scale: s.
+        want_indices: Return the choice too.
+
+    Returns:
+        What `rank_experts` returns; None where that is to be asked.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()  # as it is where a layer is exported
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or not _is_plain(base_layer)
+        or (decoded := native.decode(base_layer, x, A, B, router, scale, want_indices)) is None
+    ):
+        return None
+    announce("native CPU kernel")
+    return Adapted(*decoded)
 
 
 def has_enough_to_share(x: Tensor) -> bool:

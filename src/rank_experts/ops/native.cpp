@@ -370,6 +370,14 @@ struct Call {
         int64_t flags, int64_t threads, double factor
 #define CALLED {num_tokens, d_in, d_out, num_ranks, num_experts, top_k, flags, threads, factor}
 
+// All that decoding takes. indices may be null.
+struct DecodeCall : Call {
+    const void *x, *A, *B, *weight;
+    const float *bias;
+    void *y;
+    int64_t *indices;
+};
+
 // The sum of each of LANES vectors.
 inline Floats sums(const Floats *v) {
     Floats found;
@@ -561,33 +569,34 @@ int64_t rank_experts_logits(int64_t num_tokens, int64_t d, int64_t num_experts, 
 }
 
 // For a few tokens without gradients: the router's product too, and no packing. All tensors are contiguous.
-void rank_experts_decode(CALL, const void *x, const void *A, const void *B, const void *weight, const float *bias,
-                         void *y, int64_t *indices) {
-    const Call s = CALLED;
+void rank_experts_decode(const DecodeCall *arguments) {
+    const DecodeCall &s = *arguments;
     const Gate gate = s.gate();
-    const int k = int(top_k), rho = s.rho();
+    const int64_t num_tokens = s.num_tokens, d_in = s.d_in, d_out = s.d_out;
+    const int64_t num_ranks = s.num_ranks, num_experts = s.num_experts;
+    const int k = int(s.top_k), rho = s.rho();
     // Kept by the thread, so that a call allocates nothing.
     static thread_local std::vector<float> kept;
     static thread_local std::vector<int64_t> order;
-    size_t needed = size_t(num_tokens * (d_in + 2 * num_experts + num_ranks + top_k));
+    size_t needed = size_t(num_tokens * (d_in + 2 * num_experts + num_ranks + k));
     if (kept.size() < needed) kept.resize(needed);
-    if (order.size() < size_t(num_tokens * num_experts)) order.resize(num_tokens * num_experts);
+    if (order.size() < size_t(num_tokens * (num_experts + k))) order.resize(num_tokens * (num_experts + k));
     float *wide = kept.data(), *logits = wide + num_tokens * d_in, *keys = logits + num_tokens * num_experts;
     float *u = keys + num_tokens * num_experts, *weights = u + num_tokens * num_ranks;
-    int64_t *places = order.data();
+    int64_t *places = order.data(), *indices = s.indices ? s.indices : places + num_tokens * num_experts;
     const float *source = wide;
-    if (flags & 8)
-        for (int64_t i = 0; i < num_tokens * d_in; i++) wide[i] = widen(((const bfloat16 *)x)[i]);
+    if (s.flags & 8)
+        for (int64_t i = 0; i < num_tokens * d_in; i++) wide[i] = widen(((const bfloat16 *)s.x)[i]);
     else
-        source = (const float *)x;
+        source = (const float *)s.x;
     // Waking threads costs some microseconds.
-    const int team = num_tokens * num_experts * d_in < 65536 ? 1 : int(threads);
+    const int team = num_tokens * num_experts * d_in < 65536 ? 1 : int(s.threads);
 #pragma omp parallel num_threads(team) if (team > 1)
     {
         const int self = thread();
         int64_t first, last;
         split(num_experts, self, team, first, last);
-        s.tensor(weight, 256).typed([&](auto *matrix) {
+        s.tensor(s.weight, 256).typed([&](auto *matrix) {
             few_dots(matrix, first, last, source, d_in, num_tokens, d_in, logits, num_experts);
         });
 #pragma omp barrier
@@ -596,13 +605,13 @@ void rank_experts_decode(CALL, const void *x, const void *A, const void *B, cons
             const float *z = logits + n * num_experts;
             float *key = keys + n * num_experts, *own = weights + n * k, *gated = u + n * num_ranks;
             for (int64_t e = 0; e < num_experts; e++)
-                key[e] = (gate.sigmoid ? 1.0f / (1.0f + std::exp(-z[e])) : z[e]) + bias[e];
+                key[e] = (gate.sigmoid ? 1.0f / (1.0f + std::exp(-z[e])) : z[e]) + s.bias[e];
             gate.select(key, places + n * num_experts, indices + n * k);
             std::memset(gated, 0, num_ranks * sizeof(float));
             float *value = keys + n * num_experts;  // the keys are done with
-            for (int j = 0; j < k; j++) value[j] = gate.value(z[indices[n * k + j]], bias[indices[n * k + j]]);
+            for (int j = 0; j < k; j++) value[j] = gate.value(z[indices[n * k + j]], s.bias[indices[n * k + j]]);
             gate.weigh(value, own);
-            s.tensor(A, 64).typed([&](auto *matrix) {
+            s.tensor(s.A, 64).typed([&](auto *matrix) {
                 using T = std::remove_pointer_t<decltype(matrix)>;
                 const T *rows[LANES];
                 float found[LANES];
@@ -622,8 +631,8 @@ void rank_experts_decode(CALL, const void *x, const void *A, const void *B, cons
         }
 #pragma omp barrier
         split(d_out, self, team, first, last);
-        s.tensor(B, 128).typed([&](auto *matrix) {
-            s.tensor(y, 32).typed([&](auto *to) {
+        s.tensor(s.B, 128).typed([&](auto *matrix) {
+            s.tensor(s.y, 32).typed([&](auto *to) {
                 using T = std::remove_pointer_t<decltype(matrix)>;
                 for (int64_t o = first; o < last; o += LANES) {
                     int count = int(last - o < LANES ? last - o : LANES);

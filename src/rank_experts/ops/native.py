@@ -12,6 +12,7 @@ Shapes as in `products.py`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 DECODE_TOKENS = 16
 _NARROW = torch.bfloat16
 _DTYPES = (torch.float32, _NARROW)
+PLAIN = frozenset({Tensor, nn.Parameter})
+"""The types of tensors that are what they seem."""
+# `DecodeCall` in native.cpp: one argument costs less than sixteen.
+_DECODE_CALL = struct.Struct("8qd7q")
 
 
 def supports(tensors: Sequence[Tensor], dtype: torch.dtype, top_k: int, num_experts: int) -> bool:
@@ -40,9 +45,12 @@ def supports(tensors: Sequence[Tensor], dtype: torch.dtype, top_k: int, num_expe
         top_k: k.
         num_experts: E.
     """
-    if dtype not in _DTYPES or not pays(top_k, num_experts) or library() is None:
+    if dtype not in _DTYPES or not pays(top_k, num_experts):
         return False
-    return all(tensor.is_cpu and tensor.dtype in _DTYPES for tensor in tensors)
+    for tensor in tensors:  # Not by all(), whose generator costs a token's decoding a microsecond.
+        if not tensor.is_cpu or tensor.dtype not in _DTYPES:
+            return False
+    return library() is not None
 
 
 def pays(top_k: int, num_experts: int) -> bool:
@@ -51,11 +59,11 @@ def pays(top_k: int, num_experts: int) -> bool:
 
 
 def decode(
-    base_layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, router: TokenRouter, scale: float
-) -> tuple[Tensor, Tensor] | None:
+    base_layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, router: TokenRouter, scale: float, want_indices: bool = True
+) -> tuple[Tensor, Tensor | None] | None:
     """Apply a layer to a few tokens, without gradients, in one call after the base layer.
 
-    Its checks are what decoding a token costs most, so they come in the order in which they fail.
+    What it does beside that call is what decoding a token costs most: each look-up counts.
 
     Args:
         base_layer: Plain, so that nobody else holds its output, which is contiguous and has x's dtype.
@@ -64,25 +72,36 @@ def decode(
         B: (d_out, r).
         router: The gate.
         scale: s.
+        want_indices: Return the choice.
 
     Returns:
-        y (…, d_out) and the chosen experts (N, k); None where it does not serve the case.
+        y (…, d_out) and the chosen experts (N, k) or None; None where it does not serve the case.
     """
-    weight = router.weight
-    (num_ranks, d_in), (num_experts, _) = A.shape, weight.shape
-    top_k, tensors = router.top_k, (x, A, B, weight)
+    (num_ranks, d_in), top_k = A.shape, router.top_k
     num_tokens = x.numel() // d_in
-    if num_tokens > DECODE_TOKENS or not num_tokens or not supports(tensors, A.dtype, top_k, num_experts):
+    if num_tokens > DECODE_TOKENS or not num_tokens:
         return None
-    if not (x.is_contiguous() and A.is_contiguous() and B.is_contiguous() and weight.is_contiguous()):
+    weight = router.weight
+    num_experts = weight.shape[0]
+    if not supports((x, A, B, weight), A.dtype, top_k, num_experts):
         return None
-    y = base_layer(x)
-    indices = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    spec = GateSpec(top_k, router.score_function, router.biased_gates, scale)
+    for tensor in (x, A, B, weight):
+        if type(tensor) not in PLAIN or not tensor.is_contiguous():
+            return None
+    # Not by a call of the module, which would look again for the hooks that a plain layer does not have.
+    y = base_layer.forward(x)
+    indices = torch.empty(num_tokens, top_k, dtype=torch.int64) if want_indices else None
+    narrow = x.dtype is _NARROW
+    flags = (
+        (router.score_function == "sigmoid") | router.biased_gates << 1 | narrow << 3 | narrow << 5
+        | (A.dtype is _NARROW) << 6 | (B.dtype is _NARROW) << 7 | (weight.dtype is _NARROW) << 8
+    )  # fmt: skip
     library().rank_experts_decode(  # type: ignore[union-attr]
-        num_tokens, d_in, y.shape[-1], num_ranks, num_experts, top_k, _flags(spec, num_experts, x, x, y, A, B, weight),
-        torch.get_num_threads(), top_k * scale, x.data_ptr(), A.data_ptr(), B.data_ptr(), weight.data_ptr(),
-        router.balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(),
+        _DECODE_CALL.pack(
+            num_tokens, d_in, B.shape[0], num_ranks, num_experts, top_k, flags, torch.get_num_threads(), top_k * scale,
+            x.data_ptr(), A.data_ptr(), B.data_ptr(), weight.data_ptr(), router.balance_bias.data_ptr(), y.data_ptr(),
+            indices.data_ptr() if indices is not None else 0,
+        )
     )  # fmt: skip
     return y, indices
 

@@ -105,7 +105,7 @@ def _open(path: Path) -> ctypes.CDLL:
     common = [*[integer] * 8, ctypes.c_double]
     loaded.rank_experts_logits.argtypes = [*[integer] * 4, *[pointer] * 4]
     loaded.rank_experts_logits.restype = integer
-    loaded.rank_experts_decode.argtypes = [*common, *[pointer] * 7]
+    loaded.rank_experts_decode.argtypes = [ctypes.c_char_p]
     loaded.rank_experts_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 8]
     loaded.rank_experts_backward.argtypes = [*common, *[pointer] * 11, integer, *[pointer] * 5]
     for function in (loaded.rank_experts_forward, loaded.rank_experts_backward, loaded.rank_experts_decode):
