@@ -221,6 +221,19 @@ def test_a_saturated_router_gives_finite_gates(value, dtypes):
     assert_close(ours[:2], theirs[:2], 5 * NARROW[dtypes])
 
 
+@pytest.mark.parametrize("logit", [-80.0, -9.0, -0.625, -0.375, 0.0, 0.375, 3.0, 12.0])
+def test_the_routers_gradient_is_exact_for_sure_and_unsure_scores(logit):
+    base, x, A, B, router = make("token")
+    with torch.no_grad():
+        x[:, 0] = 1.0
+        router.weight[:, 1:] /= 256
+        router.weight[:, 0] = logit
+        router.balance_bias.fill_(0.0)
+    ours, theirs = both(base, x, A, B, router)
+    assert torch.equal(ours[1], theirs[1])
+    torch.testing.assert_close(ours[-1], theirs[-1], rtol=1e-3, atol=1e-4 * theirs[-1].abs().max().item())
+
+
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "mixed"])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("num_tokens", [1, 3, 6, 16])

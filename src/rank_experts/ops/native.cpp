@@ -1,8 +1,8 @@
 // The token gate's op on a CPU, multiplying only the chosen ranks.
 //
 // What `gate.py` and `fused.py` do with dense products over all r ranks, this does over the k chosen ones: forward is
-// select → x·Aᵀ at the chosen rows → gates → y += u·Bᵀ; backward is dy·B and dB in one pass over dy, the gate's
-// derivative, and dx, dA, dW_g in one pass over x. The router's x·W_gᵀ, which needs all experts, stays a matrix product
+// select → x·Aᵀ at the chosen rows → gates → y += u·Bᵀ; backward is dy·B and dB tile by tile of dy, the gate's
+// derivative, and dx, dA, dW_g tile by tile of x. The router's x·W_gᵀ, which needs all experts, stays a matrix product
 // of the caller's. Whatever the dtype of the tensors, the arithmetic is float32.
 //
 // A matrix M (A, W_g or Bᵀ, rows of d numbers) is packed into tiles of COLUMNS numbers of all rows, so that a tile
@@ -101,6 +101,73 @@ inline float sum(Floats v) {
 #endif
 }
 
+// Functions of vectors, to some units in the last place; NaN stays NaN.
+
+inline Floats blend(Words mask, Floats yes, Floats no) { return (Floats)((mask & (Words)yes) | (~mask & (Words)no)); }
+
+// e^x for x up to 88: 2^n · e^rest with Cephes' polynomial; 0 below the normal numbers.
+inline Floats exponential(Floats x) {
+    const Words vanishes = (Words)(x < -87.0f);
+    x = blend(vanishes, Floats{}, x);
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23, so that n is in the lowest bits
+    const Floats n = shifted - 12582912.0f;
+    const Floats rest = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * rest * rest + rest + 1.0f;
+    const Floats power = (Floats)(((Words)shifted << 23) + 0x3F800000);
+    return blend(vanishes, Floats{}, y * power);
+}
+
+// log(1 + t) for t from 0 to 1: twice the series of artanh(t / (2 + t)).
+inline Floats log_plus_one(Floats t) {
+    const Floats s = t / (t + 2.0f), q = s * s;
+    Floats y = q * (2.0f / 15) + 2.0f / 13;
+    y = y * q + 2.0f / 11;
+    y = y * q + 2.0f / 9;
+    y = y * q + 2.0f / 7;
+    y = y * q + 2.0f / 5;
+    y = y * q + 2.0f / 3;
+    return (y * q + 2.0f) * s;
+}
+
+inline Floats log_sigmoid(Floats z) {
+    const Floats magnitude = (Floats)((Words)z & 0x7FFFFFFF);
+    return blend((Words)(z > 0.0f), Floats{}, z) - log_plus_one(exponential(-magnitude));
+}
+
+inline Floats sigmoid(Floats z) {
+    const Floats t = exponential(-(Floats)((Words)z & 0x7FFFFFFF));
+    return blend((Words)(z < 0.0f), t, Floats{} + 1.0f) / (t + 1.0f);
+}
+
+// 1 − e^x for x ≤ 0.
+inline Floats one_minus_exponential(Floats x) {
+    Floats y = x * (1.0f / 40320) + 1.0f / 5040;
+    y = y * x + 1.0f / 720;
+    y = y * x + 1.0f / 120;
+    y = y * x + 1.0f / 24;
+    y = y * x + 1.0f / 6;
+    y = y * x + 0.5f;
+    y = -(y * x + 1.0f) * x;
+    return blend((Words)(x < -0.5f), 1.0f - exponential(x), y);
+}
+
+// to[i] = f(from[i]), with the same f for every place.
+template <class F>
+inline void map(const float *from, int64_t count, float *to, F f) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, f(load(from + i)));
+    if (i == count) return;
+    float rest[LANES] = {};
+    std::memcpy(rest, from + i, (count - i) * sizeof(float));
+    store(rest, f(load(rest)));
+    std::memcpy(to + i, rest, (count - i) * sizeof(float));
+}
+
 // One tile of one token, in registers. The last tile of a row may be narrower than COLUMNS.
 template <class T>
 struct Tile {
@@ -183,14 +250,14 @@ void pack_transposed(const Tensor &matrix, int64_t rows, int64_t d, int64_t t, f
 
 // out[n, j] += src[n, :] · tile[rows[n, j], :]
 template <class T>
-void dots(const T *src, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int m,
-          const float *tile, float *out) {
+void dots(const T *src, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int rows_stride,
+          int m, const float *tile, float *out) {
     for (int64_t n = first; n < last; n++) {
         Tile<T> x;
         x.read(src + n * d, width);
         if (n + AHEAD < last) prefetch(src + (n + AHEAD) * d);
         for (int j = 0; j < m; j++) {
-            const float *row = tile + int64_t(rows[n * m + j]) * COLUMNS;
+            const float *row = tile + int64_t(rows[n * rows_stride + j]) * COLUMNS;
             Floats total = x.v[0] * load(row);
             for (int i = 1; i < VECTORS; i++) total += x.v[i] * load(row + i * LANES);
             out[n * m + j] += sum(total);
@@ -198,13 +265,16 @@ void dots(const T *src, int64_t d, int width, int64_t first, int64_t last, const
     }
 }
 
-// dst[n, :] += Σ_j coefficients[n, j] · tile[rows[n, j], :]
+// dst[n, :] += Σ_j coefficients[n, j] · tile[rows[n, j], :]; what dst held is lost where `fresh`
 template <class T>
-void axpys(T *dst, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int m,
+void axpys(T *dst, bool fresh, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int m,
            const float *coefficients, const float *tile) {
     for (int64_t n = first; n < last; n++) {
         Tile<T> y;
-        y.read(dst + n * d, width);
+        if (fresh)
+            for (int i = 0; i < VECTORS; i++) y.v[i] = Floats{};
+        else
+            y.read(dst + n * d, width);
         if (n + AHEAD < last) prefetch(dst + (n + AHEAD) * d);
         for (int j = 0; j < m; j++) {
             const float *row = tile + int64_t(rows[n * m + j]) * COLUMNS;
@@ -215,38 +285,18 @@ void axpys(T *dst, int64_t d, int width, int64_t first, int64_t last, const int3
     }
 }
 
-// gradient[rows[n, j], :] += coefficients[n, j] · src[n, :], and with it dots or axpys of the same rows.
-template <class T, bool DOTS, bool AXPYS>
-void outers(const T *src, T *dst, bool fresh, int64_t d, int width, int64_t num_tokens, const int32_t *rows,
-            int rows_stride, int m, const float *coefficients, const float *tile, float *gradient, float *out) {
+// gradient[rows[n, j], :] += coefficients[n, j] · src[n, :]
+template <class T>
+void outers(const T *src, int64_t d, int width, int64_t num_tokens, const int32_t *rows, int rows_stride, int m,
+            const float *coefficients, float *gradient) {
     for (int64_t n = 0; n < num_tokens; n++) {
-        Tile<T> x, y;
+        Tile<T> x;
         x.read(src + n * d, width);
         if (n + AHEAD < num_tokens) prefetch(src + (n + AHEAD) * d);
-        if (AXPYS) {
-            if (fresh)
-                for (int i = 0; i < VECTORS; i++) y.v[i] = Floats{};
-            else
-                y.read(dst + n * d, width);
-            if (n + AHEAD < num_tokens) prefetch(dst + (n + AHEAD) * d);
-        }
         for (int j = 0; j < m; j++) {
-            int64_t place = int64_t(rows[n * rows_stride + j]) * COLUMNS;
-            float c = coefficients[n * m + j];
-            if (DOTS) {
-                Floats total = x.v[0] * load(tile + place);
-                for (int i = 1; i < VECTORS; i++) total += x.v[i] * load(tile + place + i * LANES);
-                out[n * m + j] += sum(total);
-            }
-            if (AXPYS)
-                for (int i = 0; i < VECTORS; i++) y.v[i] += c * load(tile + place + i * LANES);
-            if (gradient)
-                for (int i = 0; i < VECTORS; i++) {
-                    float *p = gradient + place + i * LANES;
-                    store(p, load(p) + c * x.v[i]);
-                }
+            float *row = gradient + int64_t(rows[n * rows_stride + j]) * COLUMNS, c = coefficients[n * m + j];
+            for (int i = 0; i < VECTORS; i++) store(row + i * LANES, load(row + i * LANES) + c * x.v[i]);
         }
-        if (AXPYS) y.write(dst + n * d, width);
     }
 }
 
@@ -259,6 +309,43 @@ inline int64_t packed_key(float key, int64_t expert) {
     bits ^= (bits >> 31) & 0x7FFFFFFF;  // two's complement orders negative floats backwards: flip all but the sign
     return int64_t((uint64_t(uint32_t(bits)) << 32) | uint64_t(0x7FFFFFFF - expert));
 }
+
+#if defined(__AVX512F__) && defined(__BMI__)
+#define SELECTS_IN_REGISTERS
+
+// The same choice for TOKENS tokens side by side, of at most 64 experts, whose keys stay in registers.
+template <int TOKENS>
+inline void select_in_registers(const float *keys, int64_t num_experts, int64_t top_k, int64_t *chosen) {
+    const __m512i none = _mm512_set1_epi32(INT32_MIN), magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i left[TOKENS][4];
+    for (int t = 0; t < TOKENS; t++)
+        for (int i = 0; i < 4; i++) {
+            const int64_t count = num_experts - i * 16;
+            const __mmask16 there = count >= 16 ? 0xFFFF : count > 0 ? __mmask16((1 << count) - 1) : 0;
+            const __m512 key = _mm512_add_ps(_mm512_maskz_loadu_ps(there, keys + t * num_experts + i * 16),
+                                             _mm512_setzero_ps());
+            // As in `packed_key`, without the expert.
+            __m512i bits = _mm512_castps_si512(key);
+            bits = _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi32(bits, 31), magnitude));
+            const __mmask16 nan = _mm512_cmp_ps_mask(key, key, _CMP_UNORD_Q);
+            bits = _mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7FC00000));
+            left[t][i] = _mm512_mask_mov_epi32(none, there, bits);
+        }
+    for (int64_t j = 0; j < top_k; j++)
+        for (int t = 0; t < TOKENS; t++) {
+            __m512i(&v)[4] = left[t];
+            const int best = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(v[0], v[1]),
+                                                                      _mm512_max_epi32(v[2], v[3])));
+            const __m512i all = _mm512_set1_epi32(best);
+            uint64_t found = 0;
+            for (int i = 0; i < 4; i++) found |= uint64_t(_mm512_cmpeq_epi32_mask(v[i], all)) << (i * 16);
+            chosen[t * top_k + j] = int64_t(__builtin_ctzll(found));  // the lowest among equals
+            const uint64_t first = found & -found;
+            for (int i = 0; i < 4; i++) v[i] = _mm512_mask_mov_epi32(v[i], __mmask16(first >> (i * 16)), none);
+        }
+}
+
+#endif
 
 struct Gate {
     int64_t num_experts, top_k, sigmoid, biased;
@@ -277,26 +364,41 @@ struct Gate {
         }
         float top = values[0];
         for (int j = 1; j < k; j++) top = values[j] > top ? values[j] : top;
-        for (int j = 0; j < k; j++) total += weights[j] = std::exp(values[j] - top);
+        map(values, k, weights, [&](Floats v) { return exponential(v - top); });
+        for (int j = 0; j < k; j++) total += weights[j];
         for (int j = 0; j < k; j++) weights[j] /= total;
     }
 
-    float value(float z, float bias) const {
-        if (!sigmoid) return biased ? z + bias : z;
-        if (biased) return 1.0f / (1.0f + std::exp(-z)) + bias;
-        return (z > 0 ? 0.0f : z) - std::log1p(std::exp(-std::fabs(z)));
+    // From the chosen logits (count) in place, whose experts' biases are at bias[experts[i]].
+    template <class T>
+    void to_values(float *values, const T *experts, int64_t count, const float *bias) const {
+        if (sigmoid)
+            map(values, count, values, [&](Floats z) { return biased ? ::sigmoid(z) : log_sigmoid(z); });
+        for (int64_t i = 0; biased && i < count; i++) values[i] += bias[experts[i]];
     }
 
-    void select(const float *keys, int64_t *scratch, int64_t *chosen) const {
-        int64_t experts = num_experts;
-        for (int64_t e = 0; e < experts; e++) scratch[e] = packed_key(keys[e], e);
-        for (int64_t j = 0; j < top_k; j++) {
-            int64_t best = scratch[0];
+    // The top_k experts of each token, best first.
+    void select(const float *keys, int64_t num_tokens, int64_t *scratch, int64_t *chosen) const {
+        const int64_t experts = num_experts;
+        int64_t n = 0;
+#ifdef SELECTS_IN_REGISTERS
+        if (experts <= 64) {
+            for (; n + 4 <= num_tokens; n += 4)
+                select_in_registers<4>(keys + n * experts, experts, top_k, chosen + n * top_k);
+            for (; n < num_tokens; n++)
+                select_in_registers<1>(keys + n * experts, experts, top_k, chosen + n * top_k);
+        }
+#endif
+        for (; n < num_tokens; n++) {
+            for (int64_t e = 0; e < experts; e++) scratch[e] = packed_key(keys[n * experts + e], e);
+            for (int64_t j = 0; j < top_k; j++) {
+                int64_t best = scratch[0];
 #pragma omp simd reduction(max : best)
-            for (int64_t e = 0; e < experts; e++) best = scratch[e] > best ? scratch[e] : best;
-            int64_t expert = 0x7FFFFFFF - (best & 0x7FFFFFFF);
-            chosen[j] = expert;
-            scratch[expert] = INT64_MIN;
+                for (int64_t e = 0; e < experts; e++) best = scratch[e] > best ? scratch[e] : best;
+                int64_t expert = 0x7FFFFFFF - (best & 0x7FFFFFFF);
+                chosen[n * top_k + j] = expert;
+                scratch[expert] = INT64_MIN;
+            }
         }
     }
 };
@@ -338,13 +440,10 @@ void backward_of_side(const Side &side, bool fresh, int64_t num_tokens, int self
         if (gradient) std::memset(gradient, 0, num_rows * COLUMNS * sizeof(float));
         side.src.typed([&](auto *src) {
             using T = std::remove_pointer_t<decltype(src)>;
-            T *dst = (T *)side.dst.data;
-            if (dst)
-                outers<T, false, true>(src + start, dst + start, fresh, side.d, width, num_tokens, rows, m, m,
-                                       coefficients, tile, gradient, nullptr);
-            else
-                outers<T, false, false>(src + start, nullptr, false, side.d, width, num_tokens, rows, m, m,
-                                        coefficients, tile, gradient, nullptr);
+            // One after the other, so that of tile and gradient only one must find room in the cache.
+            if (side.dst.data)
+                axpys((T *)side.dst.data + start, fresh, side.d, width, 0, num_tokens, rows, m, coefficients, tile);
+            if (gradient) outers(src + start, side.d, width, num_tokens, rows, m, m, coefficients, gradient);
         });
         const float *from = gradient;
         for (int i = 0; gradient && i < side.num_matrices; i++)
@@ -604,12 +703,13 @@ void rank_experts_decode(const DecodeCall *arguments) {
         for (int64_t n = first; n < last; n++) {
             const float *z = logits + n * num_experts;
             float *key = keys + n * num_experts, *own = weights + n * k, *gated = u + n * num_ranks;
-            for (int64_t e = 0; e < num_experts; e++)
-                key[e] = (gate.sigmoid ? 1.0f / (1.0f + std::exp(-z[e])) : z[e]) + s.bias[e];
-            gate.select(key, places + n * num_experts, indices + n * k);
+            map(z, num_experts, key, [&](Floats v) { return gate.sigmoid ? sigmoid(v) : v; });
+            for (int64_t e = 0; e < num_experts; e++) key[e] += s.bias[e];
+            gate.select(key, 1, places + n * num_experts, indices + n * k);
             std::memset(gated, 0, num_ranks * sizeof(float));
             float *value = keys + n * num_experts;  // the keys are done with
-            for (int j = 0; j < k; j++) value[j] = gate.value(z[indices[n * k + j]], s.bias[indices[n * k + j]]);
+            for (int j = 0; j < k; j++) value[j] = z[indices[n * k + j]];
+            gate.to_values(value, indices + n * k, k, s.bias);
             gate.weigh(value, own);
             s.tensor(s.A, 64).typed([&](auto *matrix) {
                 using T = std::remove_pointer_t<decltype(matrix)>;
@@ -677,12 +777,11 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
             pack_transposed(tensor_B, s.num_ranks, s.d_out, t, packed_B + t * step);
         int64_t first, last;
         split(s.num_tokens, self, int(threads), first, last);
+        gate.select(keys + first * s.num_experts, last - first, order + self * s.num_experts, indices + first * k);
         for (int64_t n = first; n < last; n++) {
-            int64_t *chosen = indices + n * k;
-            gate.select(keys + n * s.num_experts, order + self * s.num_experts, chosen);
             for (int j = 0; j < k; j++) {
-                int64_t expert = chosen[j];
-                values[n * k + j] = gate.value(logits[n * logits_stride + expert], bias[expert]);
+                int64_t expert = indices[n * k + j];
+                values[n * k + j] = logits[n * logits_stride + expert];
                 if (s.flags & 4)
                     ((uint8_t *)narrow)[n * k + j] = uint8_t(expert);
                 else
@@ -693,10 +792,11 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
                 }
             }
         }
+        gate.to_values(values + first * k, indices + first * k, (last - first) * k, bias);
 #pragma omp barrier
         for (int64_t t = 0; t < tiles_in; t++)
             tensor_x.typed([&](auto *src) {
-                dots(src + t * COLUMNS, s.d_in, width_of(t, s.d_in), first, last, rows, m, packed_A + t * step,
+                dots(src + t * COLUMNS, s.d_in, width_of(t, s.d_in), first, last, rows, m, m, packed_A + t * step,
                      projections);
             });
         for (int64_t n = first; n < last; n++) {
@@ -709,7 +809,7 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
         }
         for (int64_t t = 0; t < tiles_out; t++)
             tensor_y.typed([&](auto *dst) {
-                axpys(dst + t * COLUMNS, s.d_out, width_of(t, s.d_out), first, last, rows, m, u, packed_B + t * step);
+                axpys(dst + t * COLUMNS, false, s.d_out, width_of(t, s.d_out), first, last, rows, m, u, packed_B + t * step);
             });
     }
 }
@@ -771,15 +871,15 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
             pack_transposed(tensor_B, s.num_ranks, s.d_out, t, tile);
             if (gradient) std::memset(gradient, 0, s.num_ranks * COLUMNS * sizeof(float));
             tensor_dy.typed([&](auto *src) {
-                using T = std::remove_pointer_t<decltype(src)>;
-                outers<T, true, false>(src + t * COLUMNS, nullptr, false, s.d_out, width, s.num_tokens, rows, stride, m,
-                                       u, tile, gradient, own);
+                dots(src + t * COLUMNS, s.d_out, width, 0, s.num_tokens, rows, stride, m, tile, own);
+                if (gradient) outers(src + t * COLUMNS, s.d_out, width, s.num_tokens, rows, stride, m, u, gradient);
             });
             if (gradient)
                 for (int c = 0; c < width; c++)
                     for (int64_t row = 0; row < s.num_ranks; row++)
                         dB[(t * COLUMNS + c) * s.num_ranks + row] = gradient[row * COLUMNS + c];
         }
+        std::vector<float> unlikely(k);  // of a token's experts, 1 − score
 #pragma omp barrier
         for (int64_t n = first; n < last; n++) {
             float *weights = expert_coefficients + n * expert_stride, shared = 0, total = 0;
@@ -796,6 +896,7 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
                 shared += product * weights[j];
                 total += value[j];
             }
+            if (gate.sigmoid && !gate.biased) map(value, k, unlikely.data(), one_minus_exponential);
             for (int j = 0; j < k; j++) {
                 // d weight / d z up to the normalisation; see `gate._slope`.
                 float slope = weights[j];
@@ -803,7 +904,7 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
                     float score = value[j] - bias[expert_rows[n * expert_stride + j]];
                     slope = score * (1 - score) / total;
                 } else if (gate.sigmoid) {
-                    slope *= -std::expm1(value[j]);
+                    slope *= unlikely[j];
                 }
                 weights[j] = (u[n * m + j] - shared) * gate.factor * slope;
                 if (together) expert_rows[n * expert_stride + j] += int32_t(s.num_ranks);
