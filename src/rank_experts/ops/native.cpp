@@ -82,10 +82,9 @@ inline float widen(bfloat16 value) {
     return wide;
 }
 
-inline void add(float *p, float value) { *p += value; }
+inline void put(float *p, float value) { *p = value; }
 
-inline void add(bfloat16 *p, float value) {
-    value += widen(*p);
+inline void put(bfloat16 *p, float value) {
     uint32_t word;
     std::memcpy(&word, &value, sizeof word);
     p->bits = value != value ? 0x7FC0 : uint16_t((word + 0x7FFF + (word >> 16 & 1)) >> 16);
@@ -423,13 +422,13 @@ struct Side {
     int num_matrices;
     Tensor matrices[2];  // (rows, d)
     int64_t rows[2];
-    float *gradients[2];  // null: none
+    Tensor gradients[2];  // data null: none
 };
 
 void backward_of_side(const Side &side, bool fresh, int64_t num_tokens, int self, int threads, const int32_t *rows,
                       int m, const float *coefficients, float *tile) {
     const int64_t num_rows = side.rows[0] + (side.num_matrices > 1 ? side.rows[1] : 0);
-    float *gradient = side.gradients[0] || side.gradients[1] ? tile + num_rows * COLUMNS : nullptr;
+    float *gradient = side.gradients[0].data || side.gradients[1].data ? tile + num_rows * COLUMNS : nullptr;
     if (!gradient && !side.dst.data) return;
     for (int64_t t = self; t < num_tiles(side.d); t += threads) {
         const int64_t start = t * COLUMNS;
@@ -447,9 +446,13 @@ void backward_of_side(const Side &side, bool fresh, int64_t num_tokens, int self
         });
         const float *from = gradient;
         for (int i = 0; gradient && i < side.num_matrices; i++)
-            for (int64_t row = 0; row < side.rows[i]; row++, from += COLUMNS)
-                if (side.gradients[i])
-                    std::memcpy(side.gradients[i] + row * side.d + start, from, width * sizeof(float));
+            side.gradients[i].typed([&](auto *to) {
+                Tile<std::remove_pointer_t<decltype(to)>> made;
+                for (int64_t row = 0; row < side.rows[i]; row++, from += COLUMNS) {
+                    for (int v = 0; v < VECTORS; v++) made.v[v] = load(from + v * LANES);
+                    if (to) made.write(to + row * side.d + start, width);
+                }
+            });
     }
 }
 
@@ -744,7 +747,7 @@ void rank_experts_decode(const DecodeCall *arguments) {
                         if (count == LANES) {
                             store(place, load(place) + update);
                         } else {
-                            for (int i = 0; i < count; i++) add(place + i, update[i]);
+                            for (int i = 0; i < count; i++) put(place + i, widen(place[i]) + update[i]);
                         }
                     }
                 }
@@ -815,22 +818,23 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
 }
 
 // x is what the router read, dropped what A read where that is another tensor, else null. dx may hold the base layer's
-// share of the gradient; what it holds is lost where `fresh`. dA (r, d_in), dB (d_out, r), dweight (E, d_in) and the
+// share of the gradient; what it holds is lost where `fresh`. dA (r, d_in), dB (d_out, r), dweight (E, d_in), of their matrices' types, and the
 // gradients dx and ddropped are null where they are not needed; bias may be null unless the gate divides.
 // scratch: 4 bytes each of threads · (N · k · ρ + 2 · (r + E) · COLUMNS) + N · k · (3 · ρ + 2)
 void rank_experts_backward(CALL, const void *dy, const void *x, const void *dropped, const void *A, const void *B,
                            const void *weight, const void *narrow, const float *values, const float *projections,
-                           const float *bias, void *dx, int64_t fresh, void *ddropped, float *dA, float *dB,
-                           float *dweight, float *scratch) {
+                           const float *bias, void *dx, int64_t fresh, void *ddropped, void *dA, void *dB,
+                           void *dweight, float *scratch) {
     const Call s = CALLED;
     const Gate gate = s.gate();
     const Tensor tensor_dy = s.tensor(dy, 32), tensor_B = s.tensor(B, 128);
     const bool together = !dropped;
     const Tensor tensor_A = s.tensor(A, 64), tensor_weight = s.tensor(weight, 256);
+    const Tensor gradient_A = s.tensor(dA, 64), gradient_B = s.tensor(dB, 128), gradient_router = s.tensor(dweight, 256);
     const Side both{s.tensor(x, 8),        s.tensor(dx, 8), s.d_in,       2, {tensor_A, tensor_weight},
-                    {num_ranks, num_experts}, {dA, dweight}};
-    const Side of_A{s.tensor(dropped, 16), s.tensor(ddropped, 16), s.d_in, 1, {tensor_A}, {num_ranks}, {dA}};
-    const Side of_router{s.tensor(x, 8), s.tensor(dx, 8), s.d_in, 1, {tensor_weight}, {num_experts}, {dweight}};
+                    {num_ranks, num_experts}, {gradient_A, gradient_router}};
+    const Side of_A{s.tensor(dropped, 16), s.tensor(ddropped, 16), s.d_in, 1, {tensor_A}, {num_ranks}, {gradient_A}};
+    const Side of_router{s.tensor(x, 8), s.tensor(dx, 8), s.d_in, 1, {tensor_weight}, {num_experts}, {gradient_router}};
     const int k = int(s.top_k), rho = s.rho(), m = k * rho;
     const int64_t tiles_out = num_tiles(s.d_out), count = s.num_tokens * m;
     const int64_t tile_size = 2 * (s.num_ranks + s.num_experts) * COLUMNS;
@@ -874,10 +878,11 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
                 dots(src + t * COLUMNS, s.d_out, width, 0, s.num_tokens, rows, stride, m, tile, own);
                 if (gradient) outers(src + t * COLUMNS, s.d_out, width, s.num_tokens, rows, stride, m, u, gradient);
             });
-            if (gradient)
-                for (int c = 0; c < width; c++)
+            gradient_B.typed([&](auto *to) {
+                for (int c = 0; gradient && c < width; c++)
                     for (int64_t row = 0; row < s.num_ranks; row++)
-                        dB[(t * COLUMNS + c) * s.num_ranks + row] = gradient[row * COLUMNS + c];
+                        put(to + (t * COLUMNS + c) * s.num_ranks + row, gradient[row * COLUMNS + c]);
+            });
         }
         std::vector<float> unlikely(k);  // of a token's experts, 1 − score
 #pragma omp barrier

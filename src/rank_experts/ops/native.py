@@ -185,7 +185,6 @@ def token_backward(
 ) -> tuple[Tensor | None, ...]:
     """Add x's gradient to dx (N, d_in), the base layer's share, or make it; else as `products.token_backward`."""
     num_ranks, d_in = A.shape
-    like = (A.dtype, B.dtype, weight.dtype)
     flat = x.contiguous().view(-1, d_in)
     source = flat if dropped is None else dropped.contiguous().view(-1, d_in)
     A, B, weight = A.contiguous(), B.contiguous(), weight.contiguous()
@@ -198,7 +197,8 @@ def token_backward(
     ddropped = torch.empty_like(source) if needed[1] else None
     # Without tokens the kernel does not run.
     make = torch.empty if num_tokens else torch.zeros
-    dA, dB, dweight = (make(matrix.shape) if wanted else None for matrix, wanted in zip((A, B, weight), needed[3:6]))
+    matrices = zip((A, B, weight), needed[3:6])
+    dA, dB, dweight = (make(each.shape, dtype=each.dtype) if wanted else None for each, wanted in matrices)
     values, projections = chosen.values.float(), chosen.projections.float()
     flags = _flags(spec, num_experts, flat, source, dy, A, B, weight)
     threads = torch.get_num_threads()
@@ -223,7 +223,9 @@ def token_backward(
     return (
         dx.view(x.shape) if needed[0] and dx is not None else None,
         ddropped.view(dropped.shape) if ddropped is not None and dropped is not None else None,
-        *(None if found is None else found.to(dtype) for found, dtype in zip((dA, dB, dweight), like)),
+        dA,
+        dB,
+        dweight,
     )
 
 
