@@ -10,7 +10,7 @@ from torch import nn
 
 from rank_experts.context import Call, RoutingScope
 from rank_experts.layer import AdapterSettings, RankExpertLinear
-from rank_experts.ops import dispatch, native, rank_experts
+from rank_experts.ops import dispatch, load_of_output, native, rank_experts
 from rank_experts.ops.native_build import find_compiler, library
 from rank_experts.routing import TokenRouter, select_experts
 
@@ -343,6 +343,20 @@ def test_a_few_tokens_see_dropout_and_transforms():
         assert not torch.allclose(layer(x), plain)
         traced = torch.jit.trace(layer.eval(), x)
         torch.testing.assert_close(traced(x[:2]), plain[:2])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_load_of_tokens_that_count(dtype, masked):
+    y, indices = torch.randn(6, 10, 7, dtype=dtype), torch.stack([torch.randperm(9)[:4] for _ in range(60)])
+    y[1, 3:6] = torch.nan
+    mask = torch.rand(60) < 0.5 if masked else None
+    counts = ~y.flatten(0, 1)[:, 0].isnan() & (mask if masked else torch.tensor(True))
+    expected = torch.bincount(indices[counts].flatten(), minlength=9).float()
+    assert (native.count_load(y, indices, 9, mask) is None) == (dtype == torch.float64)
+    for strided in (y, y.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(load_of_output(strided, indices, 9, mask), expected)
+    assert not load_of_output(y[:0], indices[:0], 9).any()
 
 
 @pytest.mark.parametrize("num_tokens", [5, 300])

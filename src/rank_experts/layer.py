@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .adaptable import in_out_features
 from .context import Call, RoutingScope, task_ids_of_layer
 from .mergeable import MergeableLayer
-from .ops import Adapted, Reader, decode, rank_experts
-from .routing import Routing, TaskRouter, TokenRouter, balance_loss, expert_load, pool_examples, pool_gathered
+from .ops import Adapted, Reader, decode, load_of_output, rank_experts
+from .routing import Routing, TaskRouter, TokenRouter, balance_loss, pool_examples, pool_gathered
 
 
 class AdapterSettings(NamedTuple):
@@ -223,10 +223,8 @@ class RankExpertLinear(nn.Module, MergeableLayer):
         mask = call.token_mask(x) if call is not None else None
         if settings.load_balance == "bias":
             assert adapted.indices is not None
-            # A NaN in a token makes all of its output NaN, and its choice of experts means nothing.
-            valid = ~adapted.y.detach().reshape(-1, self.out_features)[:, 0].isnan()
-            mask = valid if mask is None else mask & valid
-            self._report_load(expert_load(adapted.indices, router.num_experts, mask), adapter_name, call)
+            load = load_of_output(adapted.y, adapted.indices, router.num_experts, mask)
+            self._report_load(load, adapter_name, call)
         elif call is not None:
             assert adapted.routing is not None
             call.losses.append((adapter_name, settings.balance_coef * balance_loss(adapted.routing, mask)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
-from ..routing import Routing, TokenRouter
+from ..routing import Routing, TokenRouter, expert_load
 from . import gate as torch_gate
 from . import native
 from .announcement import announce
@@ -157,6 +157,31 @@ def decode(
         return None
     announce("native CPU kernel")
     return Adapted(*decoded)
+
+
+def load_of_output(y: Tensor, indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """Count how many tokens chose each expert, of those that mean something.
+
+    A NaN in a token makes all of its output NaN, and its choice of experts means nothing.
+
+    Args:
+        y: (…, d_out) an adapted layer's output.
+        indices: (N, k) int64, the chosen experts.
+        num_experts: E.
+        mask: (N,) true where a token counts; None: all do.
+
+    Returns:
+        (E,) float32.
+
+    Example:
+        >>> load_of_output(torch.tensor([[1.0], [torch.nan]]), torch.tensor([[0], [1]]), num_experts=2)
+        tensor([1., 0.])
+    """
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+    if not traced and (load := native.count_load(y, indices, num_experts, mask)) is not None:
+        return load
+    valid = ~y.detach().reshape(-1, y.shape[-1])[:, 0].isnan()
+    return expert_load(indices, num_experts, valid if mask is None else mask & valid)
 
 
 def has_enough_to_share(x: Tensor) -> bool:

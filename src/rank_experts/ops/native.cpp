@@ -758,6 +758,19 @@ void rank_experts_decode(const DecodeCall *arguments) {
 
 int64_t rank_experts_columns() { return COLUMNS; }
 
+// load[e] += how many tokens chose expert e, of those that count: mask (N) may be null, and y (N, d_out), of bfloat16
+// where `narrow`, holds no NaN in its first number.
+void rank_experts_count(int64_t num_tokens, int64_t d_out, int64_t top_k, int64_t narrow, const int64_t *indices,
+                        const void *y, const uint8_t *mask, float *load) {
+    Tensor{(void *)y, narrow != 0}.typed([&](auto *output) {
+        for (int64_t n = 0; n < num_tokens; n++) {
+            const float first = widen(output[n * d_out]);
+            if (first != first || (mask && !mask[n])) continue;
+            for (int64_t j = 0; j < top_k; j++) load[indices[n * top_k + j]]++;
+        }
+    });
+}
+
 // scratch: 4 bytes each of (⌈d_in / COLUMNS⌉ + ⌈d_out / COLUMNS⌉) · r · COLUMNS + N · k · ρ · 2 + threads · E · 2
 void rank_experts_forward(CALL, const void *x, const void *A, const void *B, const float *logits, int64_t logits_stride,
                           const float *keys, const float *bias, void *y, int64_t *indices, void *narrow, float *values,

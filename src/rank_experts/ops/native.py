@@ -229,6 +229,21 @@ def token_backward(
     )
 
 
+def count_load(y: Tensor, indices: Tensor, num_experts: int, mask: Tensor | None) -> Tensor | None:
+    """Count as `dispatch.load_of_output`; None where the kernel does not serve."""
+    num_tokens, top_k = indices.shape
+    if type(y) not in PLAIN or not supports((y,), y.dtype, top_k, num_experts):
+        return None
+    if not (y.is_contiguous() and indices.is_contiguous() and (mask is None or mask.is_contiguous())):
+        return None
+    load = torch.zeros(num_experts)
+    library().rank_experts_count(  # type: ignore[union-attr]
+        num_tokens, y.shape[-1], top_k, y.dtype is _NARROW, indices.data_ptr(), y.data_ptr(), _pointer(mask),
+        load.data_ptr(),
+    )  # fmt: skip
+    return load
+
+
 def _flags(spec: GateSpec, num_experts: int, *tensors: Tensor) -> int:
     # As `Call` in native.cpp has them; the tensors: x, what A reads, y or dy, A, B, W_g.
     flags = (spec.score_function == "sigmoid") | spec.biased_gates << 1 | (num_experts <= 256) << 2

@@ -108,8 +108,9 @@ def _open(path: Path) -> ctypes.CDLL:
     loaded.rank_experts_decode.argtypes = [ctypes.c_char_p]
     loaded.rank_experts_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 8]
     loaded.rank_experts_backward.argtypes = [*common, *[pointer] * 11, integer, *[pointer] * 5]
-    for function in (loaded.rank_experts_forward, loaded.rank_experts_backward, loaded.rank_experts_decode):
-        function.restype = None
+    loaded.rank_experts_count.argtypes = [*[integer] * 4, *[pointer] * 4]
+    for name in ("forward", "backward", "decode", "count"):
+        getattr(loaded, f"rank_experts_{name}").restype = None
     return loaded
 
 
