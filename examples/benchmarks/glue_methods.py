@@ -23,13 +23,14 @@ EXCLUDED = ["pooler.dense"]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method: its adapter, the sampling law, whether every task has an adapter of its own, and, for an ablation,
-    the method whose learning rate it takes."""
+    """A method: its adapter, the sampling law, whether every task has an adapter of its own, for an ablation the method
+    whose learning rate it takes, and the routers' learning rate relative to the experts'."""
 
     adapt: Callable[[nn.Module, list[str]], nn.Module]
     law: str = "balanced"
     per_task: bool = False
     rate_of: str | None = None
+    router_factor: float = 1.0
 
 
 def _lora(r: int, alpha: float) -> Callable[[nn.Module, list[str]], nn.Module]:
@@ -83,8 +84,28 @@ ABLATIONS = {
     "more_random_sampling": Method(_ours("more", r=8, alpha=32), law="proportional", rate_of="more_r8"),
 }
 
+# What a method could be instead. Compared on held-out examples (--explore), before anything is reported.
+VARIANTS = {
+    "lora_r8_alpha_8": Method(_lora(8, 8)),
+    "lora_r8_alpha_32": Method(_lora(8, 32)),
+    "lora_r64_alpha_64": Method(_lora(64, 64)),
+    "lora_r64_alpha_128": Method(_lora(64, 128)),
+    "smora_router_slow": Method(_ours("smora", r=64, top_k=8, alpha=16), router_factor=0.1),
+    "smora_router_fast": Method(_ours("smora", r=64, top_k=8, alpha=16), router_factor=10.0),
+    "smora_balance_fast": Method(_ours("smora", r=64, top_k=8, alpha=16, balance_rate=1e-2)),
+    "smora_alpha_4": Method(_ours("smora", r=64, top_k=8, alpha=4)),
+    "smora_alpha_8": Method(_ours("smora", r=64, top_k=8, alpha=8)),
+    "smora_alpha_32": Method(_ours("smora", r=64, top_k=8, alpha=32)),
+    "smora_biased_gates": Method(_ours("smora", r=64, top_k=8, alpha=16, biased_gates=True)),
+    "more_router_slow": Method(_ours("more", r=8, alpha=32), router_factor=0.1),
+    "more_router_fast": Method(_ours("more", r=8, alpha=32), router_factor=10.0),
+    "more_contrastive_small": Method(_ours("more", r=8, alpha=32, contrastive_coef=0.01)),
+    "more_alpha_8": Method(_ours("more", r=8, alpha=8)),
+    "more_alpha_64": Method(_ours("more", r=8, alpha=64)),
+    "more_no_scaling_alpha_16": Method(_ours("more", r=8, alpha=16, rank_scaling="none")),
+}
 
-METHODS = MAIN | UPPER | ABLATIONS
+METHODS = MAIN | UPPER | ABLATIONS | VARIANTS
 
 
 def trainable_parameters(encoder: nn.Module) -> int:
