@@ -43,17 +43,27 @@ def _lora(r: int, alpha: float) -> Callable[[nn.Module, list[str]], nn.Module]:
     return adapt
 
 
-def _ours(preset: str, detach_gates: bool = False, **values: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
+def _ours(
+    preset: str, detach_gates: bool = False, detach_contrast: bool = False, **values: Any
+) -> Callable[[nn.Module, list[str]], nn.Module]:
     def adapt(encoder: nn.Module, tasks: list[str]) -> nn.Module:
         known = {"tasks": tasks} if preset == "more" else {}
         config = getattr(RankExpertConfig, preset)(**known, **values, target_modules=TARGETS, exclude_modules=EXCLUDED)
         model = inject_rank_experts(encoder, config)
-        if detach_gates:
-            for _, layer in adapted_layers(model):
-                layer.rank_expert_router["default"].register_forward_hook(_without_gradient)
+        for _, layer in adapted_layers(model):
+            router = layer.rank_expert_router["default"]
+            if detach_gates:
+                router.register_forward_hook(_without_gradient)
+            if detach_contrast:
+                router.contrast = _contrast_of_detached(router.contrast)
         return model
 
     return adapt
+
+
+def _contrast_of_detached(contrast: Callable[..., Any]) -> Callable[..., Any]:
+    # The loss then teaches the task embeddings where the hidden states are, and does not move the hidden states.
+    return lambda examples, *rest: contrast(examples.detach(), *rest)
 
 
 def _without_gradient(router: nn.Module, args: Any, routing: Any) -> Any:
@@ -102,7 +112,15 @@ VARIANTS = {
     "more_contrastive_small": Method(_ours("more", r=8, alpha=32, contrastive_coef=0.01)),
     "more_alpha_8": Method(_ours("more", r=8, alpha=8)),
     "more_alpha_64": Method(_ours("more", r=8, alpha=64)),
-    "more_no_scaling_alpha_16": Method(_ours("more", r=8, alpha=16, rank_scaling="none")),
+    "smora_alpha_4_router_fast": Method(_ours("smora", r=64, top_k=8, alpha=4), router_factor=10.0),
+    "more_contrastive_detached": Method(_ours("more", r=8, alpha=32, detach_contrast=True)),
+    "more_unscaled": Method(_ours("more", r=8, alpha=16, rank_scaling="none")),
+    "more_unscaled_router_fast": Method(_ours("more", r=8, alpha=16, rank_scaling="none"), router_factor=10.0),
+    "more_unscaled_no_contrastive": Method(_ours("more", r=8, alpha=16, rank_scaling="none", contrastive_coef=0.0)),
+    "more_unscaled_contrastive_small": Method(_ours("more", r=8, alpha=16, rank_scaling="none", contrastive_coef=0.01)),
+    "more_unscaled_contrastive_detached": Method(
+        _ours("more", r=8, alpha=16, rank_scaling="none", detach_contrast=True)
+    ),
 }
 
 METHODS = MAIN | UPPER | ABLATIONS | VARIANTS
