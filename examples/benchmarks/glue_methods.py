@@ -70,12 +70,19 @@ def _without_gradient(router: nn.Module, args: Any, routing: Any) -> Any:
     return routing._replace(gates=routing.gates.detach())
 
 
+def _more(**values: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
+    chosen = {"r": 8, "alpha": 16, "rank_scaling": "none", "contrastive_coef": 0.01}
+    return _ours("more", **chosen | values)
+
+
+_PAPER_MORE = _more(alpha=32, rank_scaling="task", contrastive_coef=0.1)
+
 MAIN = {
     "lora_r8": Method(_lora(8, 16)),
     "lora_r64": Method(_lora(64, 16)),
     "smora_r64_k8": Method(_ours("smora", r=64, top_k=8, alpha=16)),
     "mixture_8x8_top1": Method(_ours("mixture", num_experts=8, expert_rank=8, top_k=1, alpha=16)),
-    "more_r8": Method(_ours("more", r=8, alpha=32)),
+    "more_r8": Method(_more()),
 }
 
 UPPER = {"lora_r8_per_task": Method(_lora(8, 16), per_task=True, rate_of="lora_r8")}
@@ -86,12 +93,13 @@ ABLATIONS = {
         _ours("smora", r=64, top_k=8, alpha=16, load_balance="loss"), rate_of="smora_r64_k8"
     ),
     "smora_softmax": Method(_ours("smora", r=64, top_k=8, alpha=16, score_function="softmax"), rate_of="smora_r64_k8"),
-    "more_no_contrastive": Method(_ours("more", r=8, alpha=32, contrastive_coef=0.0), rate_of="more_r8"),
-    "more_no_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="none"), rate_of="more_r8"),
-    "more_rank_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="rank"), rate_of="more_r8"),
-    "more_alpha_16": Method(_ours("more", r=8, alpha=16), rate_of="more_r8"),
-    "more_no_straight_through": Method(_ours("more", detach_gates=True, r=8, alpha=32), rate_of="more_r8"),
-    "more_random_sampling": Method(_ours("more", r=8, alpha=32), law="proportional", rate_of="more_r8"),
+    "more_paper": Method(_PAPER_MORE),
+    "more_linear_scaling": Method(_more(alpha=32, rank_scaling="task"), rate_of="more_r8"),
+    "more_rank_scaling": Method(_more(rank_scaling="rank"), rate_of="more_r8"),
+    "more_contrastive_0.1": Method(_more(contrastive_coef=0.1), rate_of="more_r8"),
+    "more_no_contrastive": Method(_more(contrastive_coef=0.0), rate_of="more_r8"),
+    "more_no_straight_through": Method(_more(detach_gates=True), rate_of="more_r8"),
+    "more_random_sampling": Method(_more(), law="proportional", rate_of="more_r8"),
 }
 
 # What a method could be instead. Compared on held-out examples (--explore), before anything is reported.
@@ -107,20 +115,11 @@ VARIANTS = {
     "smora_alpha_8": Method(_ours("smora", r=64, top_k=8, alpha=8)),
     "smora_alpha_32": Method(_ours("smora", r=64, top_k=8, alpha=32)),
     "smora_biased_gates": Method(_ours("smora", r=64, top_k=8, alpha=16, biased_gates=True)),
-    "more_router_slow": Method(_ours("more", r=8, alpha=32), router_factor=0.1),
-    "more_router_fast": Method(_ours("more", r=8, alpha=32), router_factor=10.0),
-    "more_contrastive_small": Method(_ours("more", r=8, alpha=32, contrastive_coef=0.01)),
-    "more_alpha_8": Method(_ours("more", r=8, alpha=8)),
-    "more_alpha_64": Method(_ours("more", r=8, alpha=64)),
-    "smora_alpha_4_router_fast": Method(_ours("smora", r=64, top_k=8, alpha=4), router_factor=10.0),
-    "more_contrastive_detached": Method(_ours("more", r=8, alpha=32, detach_contrast=True)),
-    "more_unscaled": Method(_ours("more", r=8, alpha=16, rank_scaling="none")),
-    "more_unscaled_router_fast": Method(_ours("more", r=8, alpha=16, rank_scaling="none"), router_factor=10.0),
-    "more_unscaled_no_contrastive": Method(_ours("more", r=8, alpha=16, rank_scaling="none", contrastive_coef=0.0)),
-    "more_unscaled_contrastive_small": Method(_ours("more", r=8, alpha=16, rank_scaling="none", contrastive_coef=0.01)),
-    "more_unscaled_contrastive_detached": Method(
-        _ours("more", r=8, alpha=16, rank_scaling="none", detach_contrast=True)
-    ),
+    "more_paper_router_fast": Method(_PAPER_MORE, router_factor=10.0),
+    "more_paper_alpha_8": Method(_more(alpha=8, rank_scaling="task", contrastive_coef=0.1)),
+    "more_paper_no_contrastive": Method(_more(alpha=32, rank_scaling="task", contrastive_coef=0.0)),
+    "more_contrastive_0.1_router_fast": Method(_more(contrastive_coef=0.1), router_factor=10.0),
+    "more_contrastive_0.1_detached": Method(_more(contrastive_coef=0.1, detach_contrast=True)),
 }
 
 METHODS = MAIN | UPPER | ABLATIONS | VARIANTS
