@@ -87,7 +87,7 @@ def of_glue(options: argparse.Namespace, arguments: list[str]) -> list[Record]:
     method = glue_small.METHODS["smora_r64_k8"]
     seed = args.seeds[0]
     model = benchmark.build(method, benchmark.tasks, seed)
-    benchmark.train(model, method.law, benchmark.best_rate("smora_r64_k8"), args.steps, seed, "smora_r64_k8")
+    benchmark.train(model, method, benchmark.best_rate("smora_r64_k8"), args.steps, seed, "smora_r64_k8")
     model.eval()
     batches = []
     for task_id, task in enumerate(benchmark.tasks):
