@@ -96,7 +96,10 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
         "dtype",
     ]
     assert all(list(record) == fields for record in records)
-    assert len(records) == 3 * 3
+    assert len(records) == 3 * 3 + 2
+    named = {record["task"]: record["value"] for record in records if record["metric"] == "identified"}
+    assert set(named) == {"rte", "stsb"}
+    assert all(0 <= share <= 1 for share in named.values())
     per_method = {record["method"]: record for record in records}
     # Six layers of four 384 × 384 and two 384 × 1536 linear layers.
     widths = 6 * (4 * 768 + 2 * 1920)
@@ -113,7 +116,7 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
     shown = capsys.readouterr().out
     assert "seed 0" not in shown
     assert shown.count("seed 1") == 3
-    assert len(json.loads(out.read_text())) == 18
+    assert len(json.loads(out.read_text())) == 22
 
     explore = [*arguments[:-6], "--explore", "--methods", "smora_r64_k8", "smora_router_same_rate", "--device", "cpu"]
     for _ in range(2):
@@ -123,7 +126,7 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
         (method, seed) for seed in (1000, 1001) for method in ("smora_r64_k8", "smora_router_same_rate")
     ]
     assert all(set(run["dev"]) == {"rte", "stsb"} for run in explored)
-    assert len(json.loads(out.read_text())) == 18
+    assert len(json.loads(out.read_text())) == 22
 
     page = example("benchmarks/glue_page")
     page.main([str(out), str(tmp_path / "glue_small.md")])
@@ -132,6 +135,7 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
     mean = sum(values) / 2
     assert f"{100 * mean:.1f} ± {100 * abs(values[0] - values[1]) / 2**0.5:.1f}" in text
     assert "| smora_r64_k8 |" in text
+    assert text.index("## Named tasks") < text.rindex("| more_no_straight_through |") < text.index("## Learning rates")
     held_out = sum(run["dev_mean"] for run in explored if run["method"] == "smora_router_same_rate") / 2
     assert f"| smora_router_same_rate | {100 * held_out:.1f} |" in text
 

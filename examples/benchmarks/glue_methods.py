@@ -128,6 +128,13 @@ def trainable_parameters(encoder: nn.Module) -> int:
     return sum(p.numel() for p in encoder.parameters() if p.requires_grad)
 
 
+def knows_its_tasks(encoder: nn.Module) -> bool:
+    """Say whether the adapter was trained with a contrastive loss, so that its embeddings tell tasks apart."""
+    settings = [layer.settings["default"] for _, layer in adapted_layers(encoder)]
+    routers = [layer.rank_expert_router["default"] for _, layer in adapted_layers(encoder)]
+    return any(isinstance(r, TaskRouter) and r.num_tasks > 1 and s.contrastive_coef for r, s in zip(routers, settings))
+
+
 @torch.no_grad()
 def active_parameters(encoder: nn.Module, task_id: int) -> int:
     """Count the adapter's parameters that take part in the computation of one token of a task, routers included."""

@@ -17,9 +17,9 @@ from glue_methods import ABLATIONS, MAIN, METHODS, UPPER
 Record = dict[str, Any]
 
 
-def scores(records: list[Record], method: str, task: str) -> dict[int, float]:
-    """Return a task's score by seed, its first metric, in percent."""
-    metric = TASKS[task].metrics[0]
+def scores(records: list[Record], method: str, task: str, metric: str | None = None) -> dict[int, float]:
+    """Return a task's score by seed, in percent, its first metric unless told otherwise."""
+    metric = metric or TASKS[task].metrics[0]
     return {
         r["seed"]: 100 * r["value"] for r in records if (r["method"], r["task"], r["metric"]) == (method, task, metric)
     }
@@ -67,6 +67,16 @@ def variants(explored: list[Record], tasks: list[str]) -> list[str]:
     return lines
 
 
+def identified(records: list[Record], tasks: list[str]) -> list[str]:
+    """Return the table of how many inputs' tasks were named."""
+    methods = [m for m in METHODS if any((r["method"], r["metric"]) == (m, "identified") for r in records)]
+    lines = [f"| {' | '.join(['method', 'mean', *tasks])} |", "|" + "---|" * (len(tasks) + 2)]
+    for method in methods:
+        shares = [statistics.fmean(scores(records, method, task, "identified").values()) for task in tasks]
+        lines.append(f"| {method} | {' | '.join(f'{share:.0f}' for share in [statistics.fmean(shares), *shares])} |")
+    return lines if methods else []
+
+
 def page(records: list[Record], search: list[Record], explored: list[Record]) -> str:
     """Return the page as Markdown."""
     tasks = [task for task in TASKS if any(r["task"] == task for r in records)]
@@ -91,6 +101,9 @@ def page(records: list[Record], search: list[Record], explored: list[Record]) ->
     for title, group in (("Methods", MAIN | UPPER), ("Ablations", ABLATIONS)):
         if any(r["method"] in group for r in records):
             lines += ["", f"## {title}", "", *table(records, list(group), tasks)]
+    if rows := identified(records, tasks):
+        about = f"Of 100 inputs without a task, how many `identify_task` gave theirs; by chance {100 / len(tasks):.0f}."
+        lines += ["", "## Named tasks", "", about, "", *rows]
     if search:
         rates = sorted({found["learning_rate"] for found in search})
         lines += ["", "## Learning rates", "", "Mean on examples held out of the training data, one seed.", ""]

@@ -37,15 +37,18 @@ from glue_methods import (
     VARIANTS,
     Method,
     active_parameters,
+    knows_its_tasks,
     trainable_parameters,
 )
 from rank_experts import update_router_bias
 from rank_experts.heads import HeadSpec, MultiTaskClassifier
+from rank_experts.lifecycle import identify_task
 from rank_experts.metrics import METRICS
 from rank_experts.model import adapted_layers
 from rank_experts.tasks import TaskSampler, sampling_weights
 
 SEARCH_SEED = 1000
+IDENTIFIED = 128
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -207,7 +210,17 @@ class Benchmark:
                 predictions[rows] = model.predictions(logits, task).float().cpu()
             for metric in TASKS[task].metrics:
                 scores[task, metric] = METRICS[metric](predictions.numpy(), examples.labels.numpy())
+            if which == "test" and knows_its_tasks(model.encoder):
+                scores[task, "identified"] = self.identified(model, task, examples)
         return scores
+
+    def identified(self, model: MultiTaskClassifier, task: str, examples: Examples) -> float:
+        """Return the share of a task's examples whose task `identify_task` names, of IDENTIFIED at even distances."""
+        rows = torch.linspace(0, len(examples) - 1, min(IDENTIFIED, len(examples))).long()
+        batch = glue_data.collate(examples, rows.tolist(), torch.zeros_like(rows), self.device)
+        with self.autocast():
+            names = identify_task(model, batch).names
+        return names.count(task) / len(names)
 
     def run(self, name: str, rate: float, steps: int, seed: int, which: str) -> tuple[list[dict[str, Any]], float]:
         """Train and evaluate a method once; return its records and the mean of the tasks' first metrics."""
