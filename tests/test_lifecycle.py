@@ -149,7 +149,7 @@ def test_the_contrastive_space_tells_tasks_apart(width):
     inputs, ids = ranges(32, seed=0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
-    for _ in range(25):
+    for _ in range(40):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         model(**inputs, labels=labels, task_ids=ids).loss.backward()
         optimizer.step()

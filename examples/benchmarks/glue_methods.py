@@ -23,13 +23,14 @@ EXCLUDED = ["pooler.dense"]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method: its adapter, the sampling law, whether every task has an adapter of its own, and, for an ablation,
-    the method whose learning rate it takes."""
+    """A method: its adapter, the sampling law, whether every task has an adapter of its own, for an ablation the method
+    whose learning rate it takes, and the routers' learning rate relative to the experts'."""
 
     adapt: Callable[[nn.Module, list[str]], nn.Module]
     law: str = "balanced"
     per_task: bool = False
     rate_of: str | None = None
+    router_factor: float = 1.0
 
 
 def _lora(r: int, alpha: float) -> Callable[[nn.Module, list[str]], nn.Module]:
@@ -42,54 +43,96 @@ def _lora(r: int, alpha: float) -> Callable[[nn.Module, list[str]], nn.Module]:
     return adapt
 
 
-def _ours(preset: str, detach_gates: bool = False, **values: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
+def _ours(
+    preset: str, detach_gates: bool = False, detach_contrast: bool = False, **values: Any
+) -> Callable[[nn.Module, list[str]], nn.Module]:
     def adapt(encoder: nn.Module, tasks: list[str]) -> nn.Module:
         known = {"tasks": tasks} if preset == "more" else {}
         config = getattr(RankExpertConfig, preset)(**known, **values, target_modules=TARGETS, exclude_modules=EXCLUDED)
         model = inject_rank_experts(encoder, config)
-        if detach_gates:
-            for _, layer in adapted_layers(model):
-                layer.rank_expert_router["default"].register_forward_hook(_without_gradient)
+        for _, layer in adapted_layers(model):
+            router = layer.rank_expert_router["default"]
+            if detach_gates:
+                router.register_forward_hook(_without_gradient)
+            if detach_contrast:
+                router.contrast = _contrast_of_detached(router.contrast)
         return model
 
     return adapt
+
+
+def _contrast_of_detached(contrast: Callable[..., Any]) -> Callable[..., Any]:
+    # The loss then teaches the task embeddings where the hidden states are, and does not move the hidden states.
+    return lambda examples, *rest: contrast(examples.detach(), *rest)
 
 
 def _without_gradient(router: nn.Module, args: Any, routing: Any) -> Any:
     return routing._replace(gates=routing.gates.detach())
 
 
+def _smora(**values: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
+    return _ours("smora", **{"r": 64, "top_k": 8, "alpha": 16} | values)
+
+
+def _more(**values: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
+    chosen = {"r": 8, "alpha": 16, "rank_scaling": "none", "contrastive_coef": 0.01}
+    return _ours("more", **chosen | values)
+
+
+_PAPER_MORE = _more(alpha=32, rank_scaling="task", contrastive_coef=0.1)
+
 MAIN = {
     "lora_r8": Method(_lora(8, 16)),
     "lora_r64": Method(_lora(64, 16)),
-    "smora_r64_k8": Method(_ours("smora", r=64, top_k=8, alpha=16)),
+    "smora_r64_k8": Method(_smora(), router_factor=10.0),
     "mixture_8x8_top1": Method(_ours("mixture", num_experts=8, expert_rank=8, top_k=1, alpha=16)),
-    "more_r8": Method(_ours("more", r=8, alpha=32)),
+    "more_r8": Method(_more()),
 }
 
 UPPER = {"lora_r8_per_task": Method(_lora(8, 16), per_task=True, rate_of="lora_r8")}
 
 ABLATIONS = {
-    "smora_no_balancing": Method(_ours("smora", r=64, top_k=8, alpha=16, load_balance="none"), rate_of="smora_r64_k8"),
-    "smora_auxiliary_loss": Method(
-        _ours("smora", r=64, top_k=8, alpha=16, load_balance="loss"), rate_of="smora_r64_k8"
-    ),
-    "smora_softmax": Method(_ours("smora", r=64, top_k=8, alpha=16, score_function="softmax"), rate_of="smora_r64_k8"),
-    "more_no_contrastive": Method(_ours("more", r=8, alpha=32, contrastive_coef=0.0), rate_of="more_r8"),
-    "more_no_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="none"), rate_of="more_r8"),
-    "more_rank_scaling": Method(_ours("more", r=8, alpha=32, rank_scaling="rank"), rate_of="more_r8"),
-    "more_alpha_16": Method(_ours("more", r=8, alpha=16), rate_of="more_r8"),
-    "more_no_straight_through": Method(_ours("more", detach_gates=True, r=8, alpha=32), rate_of="more_r8"),
-    "more_random_sampling": Method(_ours("more", r=8, alpha=32), law="proportional", rate_of="more_r8"),
+    "smora_router_same_rate": Method(_smora()),
+    "smora_no_balancing": Method(_smora(load_balance="none"), rate_of="smora_r64_k8", router_factor=10.0),
+    "smora_auxiliary_loss": Method(_smora(load_balance="loss"), rate_of="smora_r64_k8", router_factor=10.0),
+    "smora_softmax": Method(_smora(score_function="softmax"), rate_of="smora_r64_k8", router_factor=10.0),
+    "more_paper": Method(_PAPER_MORE),
+    "more_linear_scaling": Method(_more(alpha=32, rank_scaling="task"), rate_of="more_r8"),
+    "more_rank_scaling": Method(_more(rank_scaling="rank"), rate_of="more_r8"),
+    "more_contrastive_0.1": Method(_more(contrastive_coef=0.1), rate_of="more_r8"),
+    "more_no_contrastive": Method(_more(contrastive_coef=0.0), rate_of="more_r8"),
+    "more_no_straight_through": Method(_more(detach_gates=True), rate_of="more_r8"),
+    "more_random_sampling": Method(_more(), law="proportional", rate_of="more_r8"),
 }
 
+# What a method could be instead. Compared on held-out examples (--explore), before anything is reported.
+VARIANTS = {
+    "lora_r8_alpha_32": Method(_lora(8, 32)),
+    "lora_r64_alpha_64": Method(_lora(64, 64)),
+    "smora_router_same_rate_balance_fast": Method(_smora(balance_rate=1e-2)),
+    "smora_router_same_rate_alpha_4": Method(_smora(alpha=4)),
+    "smora_router_same_rate_biased_gates": Method(_smora(biased_gates=True)),
+    "smora_router_same_rate_no_balancing": Method(_smora(load_balance="none")),
+    "more_paper_router_fast": Method(_PAPER_MORE, router_factor=10.0),
+    "more_paper_alpha_8": Method(_more(alpha=8, rank_scaling="task", contrastive_coef=0.1)),
+    "more_paper_no_contrastive": Method(_more(alpha=32, rank_scaling="task", contrastive_coef=0.0)),
+    "more_contrastive_0.1_router_fast": Method(_more(contrastive_coef=0.1), router_factor=10.0),
+    "more_contrastive_0.1_detached": Method(_more(contrastive_coef=0.1, detach_contrast=True)),
+}
 
-METHODS = MAIN | UPPER | ABLATIONS
+METHODS = MAIN | UPPER | ABLATIONS | VARIANTS
 
 
 def trainable_parameters(encoder: nn.Module) -> int:
     """Count what is trained in the encoder; the heads, the same for every method, are left out."""
     return sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+
+
+def knows_its_tasks(encoder: nn.Module) -> bool:
+    """Say whether the adapter was trained with a contrastive loss, so that its embeddings tell tasks apart."""
+    settings = [layer.settings["default"] for _, layer in adapted_layers(encoder)]
+    routers = [layer.rank_expert_router["default"] for _, layer in adapted_layers(encoder)]
+    return any(isinstance(r, TaskRouter) and r.num_tasks > 1 and s.contrastive_coef for r, s in zip(routers, settings))
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from glue_methods import ABLATIONS, MAIN, METHODS, UPPER
 Record = dict[str, Any]
 
 
-def scores(records: list[Record], method: str, task: str) -> dict[int, float]:
-    """Return a task's score by seed, its first metric, in percent."""
-    metric = TASKS[task].metrics[0]
+def scores(records: list[Record], method: str, task: str, metric: str | None = None) -> dict[int, float]:
+    """Return a task's score by seed, in percent, its first metric unless told otherwise."""
+    metric = metric or TASKS[task].metrics[0]
     return {
         r["seed"]: 100 * r["value"] for r in records if (r["method"], r["task"], r["metric"]) == (method, task, metric)
     }
@@ -52,7 +52,32 @@ def table(records: list[Record], methods: list[str], tasks: list[str]) -> list[s
     return lines + [row(records, method, tasks) for method in methods if any(r["method"] == method for r in records)]
 
 
-def page(records: list[Record], search: list[Record]) -> str:
+def variants(explored: list[Record], tasks: list[str]) -> list[str]:
+    """Return the table of what was compared on held-out examples, best first."""
+    runs: dict[str, list[Record]] = {}
+    for run in explored:
+        runs.setdefault(run["method"], []).append(run)
+    best_first = sorted(runs, key=lambda method: -statistics.fmean(run["dev_mean"] for run in runs[method]))
+    lines = [f"| {' | '.join(['variant', 'mean', *tasks, 'runs'])} |", "|" + "---|" * (len(tasks) + 3)]
+    for method in best_first:
+        columns = [[100 * run["dev_mean"] for run in runs[method]]]
+        columns += [[100 * run["dev"][task] for run in runs[method]] for task in tasks]
+        cells = [method, *(f"{statistics.fmean(column):.1f}" for column in columns), str(len(runs[method]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def identified(records: list[Record], tasks: list[str]) -> list[str]:
+    """Return the table of how many inputs' tasks were named."""
+    methods = [m for m in METHODS if any((r["method"], r["metric"]) == (m, "identified") for r in records)]
+    lines = [f"| {' | '.join(['method', 'mean', *tasks])} |", "|" + "---|" * (len(tasks) + 2)]
+    for method in methods:
+        shares = [statistics.fmean(scores(records, method, task, "identified").values()) for task in tasks]
+        lines.append(f"| {method} | {' | '.join(f'{share:.0f}' for share in [statistics.fmean(shares), *shares])} |")
+    return lines if methods else []
+
+
+def page(records: list[Record], search: list[Record], explored: list[Record]) -> str:
     """Return the page as Markdown."""
     tasks = [task for task in TASKS if any(r["task"] == task for r in records)]
     settings = sorted({(r["steps"], r["device"], r["dtype"]) for r in records})
@@ -76,6 +101,9 @@ def page(records: list[Record], search: list[Record]) -> str:
     for title, group in (("Methods", MAIN | UPPER), ("Ablations", ABLATIONS)):
         if any(r["method"] in group for r in records):
             lines += ["", f"## {title}", "", *table(records, list(group), tasks)]
+    if rows := identified(records, tasks):
+        about = f"Of 100 inputs without a task, how many `identify_task` gave theirs; by chance {100 / len(tasks):.0f}."
+        lines += ["", "## Named tasks", "", about, "", *rows]
     if search:
         rates = sorted({found["learning_rate"] for found in search})
         lines += ["", "## Learning rates", "", "Mean on examples held out of the training data, one seed.", ""]
@@ -85,6 +113,11 @@ def page(records: list[Record], search: list[Record]) -> str:
             if found:
                 cells = [f"{100 * found[rate]:.1f}" if rate in found else "–" for rate in rates]
                 lines.append(f"| {method} | {' | '.join(cells)} |")
+    if explored:
+        settings = sorted({(run["steps"], run["learning_rate"]) for run in explored})
+        text = "; ".join(f"{steps} steps at a learning rate of {rate:g}" for steps, rate in settings)
+        about = f"Mean on examples held out of the training data, {text}; what each is, `glue_methods.py` says."
+        lines += ["", "## Variants", "", about, "", *variants(explored, tasks)]
     return "\n".join(lines) + "\n"
 
 
@@ -93,9 +126,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("page", type=Path)
     args = parser.parse_args(argv)
-    search_file = args.records.with_name(f"{args.records.stem}_search.json")
-    search = json.loads(search_file.read_text()) if search_file.exists() else []
-    args.page.write_text(page(json.loads(args.records.read_text()), search), encoding="utf-8")
+    beside = []
+    for kind in ("search", "explored"):
+        file = args.records.with_name(f"{args.records.stem}_{kind}.json")
+        beside.append(json.loads(file.read_text()) if file.exists() else [])
+    args.page.write_text(page(json.loads(args.records.read_text()), *beside), encoding="utf-8")
 
 
 if __name__ == "__main__":

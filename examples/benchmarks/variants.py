@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rank_experts import RankExpertConfig, inject_rank_experts, use_task
+from rank_experts import RankExpertConfig, inject_rank_experts
+from rank_experts.context import Call
 from rank_experts.layer import RankExpertLinear
 from rank_experts.ops import native
 from rank_experts.routing import TaskRouter
@@ -99,7 +100,8 @@ def step(
         if tasks is None:
             module(x).backward(dy)
         else:
-            with use_task(module, tasks):
+            # What a model enters once for all of its layers; use_task would search this one for layers.
+            with Call(module.scope, tasks=tasks):
                 module(x).backward(dy)
 
     return run

@@ -159,9 +159,13 @@ def pool_examples(x: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
         >>> pool_examples(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]), "mean")
         tensor([[2.]])
     """
+    if pooling == "mean" and mask is None:
+        return x.sum(1) / max(x.shape[1], 1)
     weight = torch.ones(x.shape[:2], device=x.device, dtype=x.dtype) if mask is None else mask.to(x.dtype)
     if pooling == "mean":
-        return (x * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+        with torch.autocast(x.device.type, enabled=False):
+            total = torch.bmm(weight[:, None], x).squeeze(1)  # No product of x's size in between.
+        return total / weight.sum(1, keepdim=True).clamp(min=1)
     order = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)
     position = ((order.flip(0) if pooling == "first" else order) * weight).argmax(1)
     picked = x[torch.arange(len(x), device=x.device), position]

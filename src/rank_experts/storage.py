@@ -160,11 +160,13 @@ def read_weights(folder: Path, header_only: bool = False, name: str = WEIGHTS_FI
         entries = _entries(path, header)
         if header_only:
             return start + header
-        data = file.read()
+        file.seek(0)  # Once more from the start, rather than a copy of all that is read to put the header before it.
+        weights = file.read()
     metadata = entries.pop("__metadata__", {})
-    if _DIGEST in metadata and metadata[_DIGEST] != _tensor_digest(entries, data):
+    tensors = memoryview(weights)[8 + header_size :]
+    if _DIGEST in metadata and metadata[_DIGEST] != _tensor_digest(entries, tensors):
         raise _damaged(path, "its tensors are not those that were saved")
-    return b"".join((start, header, data))
+    return weights
 
 
 def parse_weights(path: Path, weights: bytes) -> dict[str, Tensor]:
