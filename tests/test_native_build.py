@@ -31,6 +31,7 @@ long rank_experts_logits() { return 0; }
 void rank_experts_decode() {}
 void rank_experts_forward() {}
 void rank_experts_backward() {}
+void rank_experts_count() {}
 }
 """
 
