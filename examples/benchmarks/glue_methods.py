@@ -84,7 +84,7 @@ _PAPER_MORE = _more(alpha=32, rank_scaling="task", contrastive_coef=0.1)
 MAIN = {
     "lora_r8": Method(_lora(8, 16)),
     "lora_r64": Method(_lora(64, 16)),
-    "smora_r64_k8": Method(_smora(), router_factor=10.0),
+    "smora_r64_k8": Method(_smora()),
     "mixture_8x8_top1": Method(_ours("mixture", num_experts=8, expert_rank=8, top_k=1, alpha=16)),
     "more_r8": Method(_more()),
 }
@@ -92,10 +92,14 @@ MAIN = {
 UPPER = {"lora_r8_per_task": Method(_lora(8, 16), per_task=True, rate_of="lora_r8")}
 
 ABLATIONS = {
-    "smora_router_same_rate": Method(_smora()),
-    "smora_no_balancing": Method(_smora(load_balance="none"), rate_of="smora_r64_k8", router_factor=10.0),
-    "smora_auxiliary_loss": Method(_smora(load_balance="loss"), rate_of="smora_r64_k8", router_factor=10.0),
-    "smora_softmax": Method(_smora(score_function="softmax"), rate_of="smora_r64_k8", router_factor=10.0),
+    "smora_no_balancing": Method(_smora(load_balance="none"), rate_of="smora_r64_k8"),
+    "smora_auxiliary_loss": Method(_smora(load_balance="loss"), rate_of="smora_r64_k8"),
+    "smora_softmax": Method(_smora(score_function="softmax"), rate_of="smora_r64_k8"),
+    "smora_alpha_4": Method(_smora(alpha=4), rate_of="smora_r64_k8"),
+    "smora_router_fast": Method(_smora(), router_factor=10.0),
+    "smora_router_fast_no_balancing": Method(
+        _smora(load_balance="none"), rate_of="smora_router_fast", router_factor=10.0
+    ),
     "more_paper": Method(_PAPER_MORE),
     "more_linear_scaling": Method(_more(alpha=32, rank_scaling="task"), rate_of="more_r8"),
     "more_rank_scaling": Method(_more(rank_scaling="rank"), rate_of="more_r8"),
@@ -109,10 +113,8 @@ ABLATIONS = {
 VARIANTS = {
     "lora_r8_alpha_32": Method(_lora(8, 32)),
     "lora_r64_alpha_64": Method(_lora(64, 64)),
-    "smora_router_same_rate_balance_fast": Method(_smora(balance_rate=1e-2)),
-    "smora_router_same_rate_alpha_4": Method(_smora(alpha=4)),
-    "smora_router_same_rate_biased_gates": Method(_smora(biased_gates=True)),
-    "smora_router_same_rate_no_balancing": Method(_smora(load_balance="none")),
+    "smora_balance_fast": Method(_smora(balance_rate=1e-2)),
+    "smora_biased_gates": Method(_smora(biased_gates=True)),
     "more_paper_router_fast": Method(_PAPER_MORE, router_factor=10.0),
     "more_paper_alpha_8": Method(_more(alpha=8, rank_scaling="task", contrastive_coef=0.1)),
     "more_paper_no_contrastive": Method(_more(alpha=32, rank_scaling="task", contrastive_coef=0.0)),
