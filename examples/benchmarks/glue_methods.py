@@ -71,7 +71,12 @@ def _without_gradient(router: nn.Module, args: Any, routing: Any) -> Any:
 
 
 def _smora(**values: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
-    return _ours("smora", **{"r": 64, "top_k": 8, "alpha": 16} | values)
+    return _ours("smora", **{"r": 64, "top_k": 8, "alpha": 4} | values)
+
+
+def _mixture(alpha: float) -> Callable[[nn.Module, list[str]], nn.Module]:
+    # With one expert active the scale is alpha: 2 is that of a LoRA of rank 8 with alpha = 16.
+    return _ours("mixture", num_experts=8, expert_rank=8, top_k=1, alpha=alpha)
 
 
 def _more(**values: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
@@ -85,20 +90,22 @@ MAIN = {
     "lora_r8": Method(_lora(8, 16)),
     "lora_r64": Method(_lora(64, 16)),
     "smora_r64_k8": Method(_smora()),
-    "mixture_8x8_top1": Method(_ours("mixture", num_experts=8, expert_rank=8, top_k=1, alpha=16)),
+    "mixture_8x8_top1": Method(_mixture(alpha=2)),
     "more_r8": Method(_more()),
 }
 
 UPPER = {"lora_r8_per_task": Method(_lora(8, 16), per_task=True, rate_of="lora_r8")}
 
 ABLATIONS = {
+    "mixture_alpha_16": Method(_mixture(alpha=16)),
+    "smora_alpha_16": Method(_smora(alpha=16)),
     "smora_no_balancing": Method(_smora(load_balance="none"), rate_of="smora_r64_k8"),
     "smora_auxiliary_loss": Method(_smora(load_balance="loss"), rate_of="smora_r64_k8"),
     "smora_softmax": Method(_smora(score_function="softmax"), rate_of="smora_r64_k8"),
-    "smora_alpha_4": Method(_smora(alpha=4), rate_of="smora_r64_k8"),
-    "smora_router_fast": Method(_smora(), router_factor=10.0),
-    "smora_router_fast_no_balancing": Method(
-        _smora(load_balance="none"), rate_of="smora_router_fast", router_factor=10.0
+    "smora_alpha_16_no_balancing": Method(_smora(alpha=16, load_balance="none"), rate_of="smora_alpha_16"),
+    "smora_alpha_16_router_fast": Method(_smora(alpha=16), router_factor=10.0),
+    "smora_alpha_16_router_fast_no_balancing": Method(
+        _smora(alpha=16, load_balance="none"), rate_of="smora_alpha_16_router_fast", router_factor=10.0
     ),
     "more_paper": Method(_PAPER_MORE),
     "more_linear_scaling": Method(_more(alpha=32, rank_scaling="task"), rate_of="more_r8"),
@@ -113,8 +120,8 @@ ABLATIONS = {
 VARIANTS = {
     "lora_r8_alpha_32": Method(_lora(8, 32)),
     "lora_r64_alpha_64": Method(_lora(64, 64)),
-    "smora_balance_fast": Method(_smora(balance_rate=1e-2)),
-    "smora_biased_gates": Method(_smora(biased_gates=True)),
+    "smora_alpha_16_balance_fast": Method(_smora(alpha=16, balance_rate=1e-2)),
+    "smora_alpha_16_biased_gates": Method(_smora(alpha=16, biased_gates=True)),
     "more_paper_router_fast": Method(_PAPER_MORE, router_factor=10.0),
     "more_paper_alpha_8": Method(_more(alpha=8, rank_scaling="task", contrastive_coef=0.1)),
     "more_paper_no_contrastive": Method(_more(alpha=32, rank_scaling="task", contrastive_coef=0.0)),

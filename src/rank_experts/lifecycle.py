@@ -146,7 +146,7 @@ def identify_task(model: nn.Module, inputs: Mapping[str, Any], adapter_name: str
     if config.contrastive_coef == 0:
         raise ValueError(
             f"Adapter {adapter_name!r} was trained with contrastive_coef=0: its task embeddings say nothing of "
-            "inputs. Train it with contrastive_coef > 0, 0.1 in the paper."
+            "inputs. Train it with contrastive_coef > 0, 0.01 by default."
         )
     layers = [layer for layer in layers if not isinstance(layer.base_layer, ExpertProjection)]
     if not layers:

@@ -32,9 +32,8 @@ class Method(NamedTuple):
 
 def methods() -> dict[str, Method]:
     """Return the demo's methods by name; new configs each time, because PEFT writes into them."""
-    # The paper's contrastive_coef is 0.1; with it, so short a training leaves "next sentence" at chance.
-    more = RankExpertConfig.more(tasks=list(TASKS), r=8, alpha=32, contrastive_coef=0.01, target_modules="all-linear")
-    smora = RankExpertConfig.smora(r=64, top_k=8, alpha=16, target_modules="all-linear")
+    more = RankExpertConfig.more(tasks=list(TASKS), r=8, target_modules="all-linear")
+    smora = RankExpertConfig.smora(r=64, top_k=8, target_modules="all-linear")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     return {"LoRA": Method(lora, 1e-3), "SMoRA": Method(smora, 1e-3), "MoRE": Method(more, 1e-3)}
 
