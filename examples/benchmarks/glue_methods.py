@@ -118,7 +118,6 @@ ABLATIONS = {
 
 # What a method could be instead. Compared on held-out examples (--explore), before anything is reported.
 VARIANTS = {
-    "lora_r8_alpha_32": Method(_lora(8, 32)),
     "lora_r64_alpha_64": Method(_lora(64, 64)),
     "smora_alpha_16_balance_fast": Method(_smora(alpha=16, balance_rate=1e-2)),
     "smora_alpha_16_biased_gates": Method(_smora(alpha=16, biased_gates=True)),
