@@ -194,7 +194,7 @@ def test_memory_stays_flat_over_many_requests(engine):
             assert {answer.status_code for answer in answers} == {200, 400, 404}
             del answers
             sizes.append(alive(before))
-        # The first round may have left one more than a round leaves, never one less.
+        # Never more than after the first round, whose last requests may still be held then.
         assert all(now <= first for later in sizes[1:] for now, first in zip(later, sizes[0], strict=True))
 
 

@@ -116,7 +116,7 @@ ABLATIONS = {
     "more_random_sampling": Method(_more(), law="proportional", rate_of="more_r8"),
 }
 
-# What a method could be instead. Compared on held-out examples (--explore), before anything is reported.
+# What a method could be instead, for comparing on held-out examples (--explore).
 VARIANTS = {
     "lora_r64_alpha_64": Method(_lora(64, 64)),
     "smora_alpha_16_balance_fast": Method(_smora(alpha=16, balance_rate=1e-2)),

@@ -53,17 +53,22 @@ def table(records: list[Record], methods: list[str], tasks: list[str]) -> list[s
 
 
 def variants(explored: list[Record], tasks: list[str]) -> list[str]:
-    """Return the table of what was compared on held-out examples, best first."""
-    runs: dict[str, list[Record]] = {}
+    """Return the table of what was compared on held-out examples: most seeds first, best first."""
+    runs: dict[str, dict[int, Record]] = {}
     for run in explored:
-        runs.setdefault(run["method"], []).append(run)
-    best_first = sorted(runs, key=lambda method: -statistics.fmean(run["dev_mean"] for run in runs[method]))
-    lines = [f"| {' | '.join(['variant', 'mean', *tasks, 'runs'])} |", "|" + "---|" * (len(tasks) + 3)]
-    for method in best_first:
-        columns = [[100 * run["dev_mean"] for run in runs[method]]]
-        columns += [[100 * run["dev"][task] for run in runs[method]] for task in tasks]
-        cells = [method, *(f"{statistics.fmean(column):.1f}" for column in columns), str(len(runs[method]))]
-        lines.append(f"| {' | '.join(cells)} |")
+        runs.setdefault(run["method"], {})[run["seed"]] = run
+    seeds = sorted({run["seed"] for run in explored})
+
+    def mean(method: str) -> float:
+        return statistics.fmean(run["dev_mean"] for run in runs[method].values())
+
+    columns = ["variant", "mean", *(f"seed {number}" for number in range(len(seeds))), *tasks]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for method in sorted(runs, key=lambda method: (-len(runs[method]), -mean(method))):
+        own = runs[method]
+        cells = [f"{100 * own[seed]['dev_mean']:.1f}" if seed in own else "–" for seed in seeds]
+        cells += [f"{100 * statistics.fmean(run['dev'][task] for run in own.values()):.1f}" for task in tasks]
+        lines.append(f"| {method} | {100 * mean(method):.1f} | {' | '.join(cells)} |")
     return lines
 
 
@@ -116,7 +121,8 @@ def page(records: list[Record], search: list[Record], explored: list[Record]) ->
     if explored:
         settings = sorted({(run["steps"], run["learning_rate"]) for run in explored})
         text = "; ".join(f"{steps} steps at a learning rate of {rate:g}" for steps, rate in settings)
-        about = f"Mean on examples held out of the training data, {text}; what each is, `glue_methods.py` says."
+        about = f"Mean on examples held out of the training data, {text}; what each is, `glue_methods.py` says. "
+        about += "Only means over the same seeds compare."
         lines += ["", "## Variants", "", about, "", *variants(explored, tasks)]
     return "\n".join(lines) + "\n"
 
