@@ -75,3 +75,17 @@ def assert_same_gradients(first: dict, second: dict, **tolerance) -> None:
         torch.testing.assert_close(
             first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
         )
+
+
+def nan_in_new_buffers(monkeypatch: pytest.MonkeyPatch, module) -> None:
+    """What a module's kernels forget to write of its new tensors shows as NaN, or as an index that does not exist."""
+
+    def filled(make):
+        def build(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return build
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(module.torch, name, filled(getattr(torch, name)))

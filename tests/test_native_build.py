@@ -32,6 +32,10 @@ void rank_experts_decode() {}
 void rank_experts_forward() {}
 void rank_experts_backward() {}
 void rank_experts_count() {}
+void rank_experts_given_forward() {}
+void rank_experts_given_backward() {}
+void rank_experts_task_gates() {}
+void rank_experts_task_gates_backward() {}
 }
 """
 
@@ -76,9 +80,10 @@ def test_it_is_compiled_once_and_kept_for_this_user_alone(monkeypatch):
 
 
 @needs_compiler
-def test_another_source_is_another_file():
+@pytest.mark.parametrize("file", ["native.cpp", "native_part.h"])
+def test_another_source_is_another_file(file):
     load()
-    native_build.SOURCE.write_text(SMALL + "// changed\n")
+    (native_build.SOURCE.parent / file).write_text(SMALL + "// changed\n")
     load()
     assert len(kept()) == 2
 

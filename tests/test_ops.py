@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.context import Call, RoutingScope
 from rank_experts.layer import AdapterSettings, RankExpertLinear
-from rank_experts.ops import dispatch, native, rank_experts, rank_experts_reference
+from rank_experts.ops import dispatch, native, native_given, rank_experts, rank_experts_reference
 from rank_experts.ops.gate import select
 from rank_experts.ops.native_build import library
 from rank_experts.routing import TokenRouter, select_experts
@@ -30,6 +30,12 @@ TOKEN = {
     "blocks": dict(num_experts=4, top_k=2, expert_rank=3),
     "biased blocks": dict(num_experts=4, top_k=2, expert_rank=3, biased_gates=True),
 }
+
+
+@pytest.fixture(autouse=True)
+def _given_gates_in_pytorch(monkeypatch):
+    # The kernel for few ranks has tests of its own.
+    monkeypatch.setattr(native_given, "supports", lambda *args: False)
 
 
 class Case:
@@ -369,7 +375,10 @@ def test_an_input_changed_after_forward_is_noticed():
         y.sum().backward()
 
 
-def test_the_task_gate_computes_the_used_ranks_alone():
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+def test_the_task_gate_computes_the_used_ranks_alone(joined, monkeypatch):
+    if joined:
+        monkeypatch.undo()
     layer = adapted("task", r=8, contrastive_coef=0.0)
     router = layer.rank_expert_router["default"]
     with torch.no_grad():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers import nan_in_new_buffers
 from rank_experts.context import Call, RoutingScope
 from rank_experts.layer import AdapterSettings, RankExpertLinear
 from rank_experts.ops import dispatch, load_of_output, native, rank_experts
@@ -47,17 +48,7 @@ def _native_wherever_it_can(monkeypatch):
 
 @pytest.fixture
 def _nan_in_new_buffers(monkeypatch):
-    """What the kernel forgets to write shows as NaN, or as an index that does not exist."""
-
-    def filled(make):
-        def build(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-        return build
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(native.torch, name, filled(getattr(torch, name)))
+    nan_in_new_buffers(monkeypatch, native)
 
 
 def make(gate, dtypes="float32", shape=(37, 150), d_out=141, seed=0):

@@ -19,7 +19,7 @@ from gates import GATES, batch, config
 from helpers import assert_same_gradients, dense_config, gradients, token_config
 from rank_experts import RankExpertConfig, inject_rank_experts, save_rank_experts, use_task
 from rank_experts.model import adapted_layers
-from rank_experts.ops import dispatch, native
+from rank_experts.ops import dispatch, native, native_given
 
 D = 16
 
@@ -28,6 +28,7 @@ D = 16
 def projected(monkeypatch):
     """The number of matrices in each joint product; the native kernel, which shares nothing, is out of the way."""
     monkeypatch.setattr(native, "supports", lambda *args: False)
+    monkeypatch.setattr(native_given, "supports", lambda *args: False)
     for name in ("_SHARED_TOKENS", "_SHARED_TOKENS_OTHERWISE"):
         monkeypatch.setattr(dispatch, name, 33)
     counts: list[int] = []

@@ -174,13 +174,7 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             and (decoded := decode(modules["base_layer"], x, A, B, router, scale, want_indices=False)) is not None
         ):
             return decoded.y
-        gate: TokenRouter | Tensor | None = router if isinstance(router, TokenRouter) else None
-        if isinstance(router, TaskRouter):
-            gate, used = self._task_gates(router, x, adapter_name, call)
-            if used is not None:
-                # Even where all are used: the order in which gradients come must not depend on a process's tasks,
-                # because DeepSpeed's ZeRO-2 adds up what comes first, second, … on each.
-                A, B = A.narrow(0, 0, used), B.narrow(1, 0, used)
+        task_ids = self._task_ids(router, x, adapter_name, call) if isinstance(router, TaskRouter) else None
         shared = None
         if call is not None and not torch.compiler.is_compiling():
             shared = call.inputs.take(self, adapter_name, x)
@@ -189,14 +183,17 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             x,
             A,
             B,
-            gate,
+            router,
+            task_ids=task_ids,
             scale=scale,
             dropout=dropout,
             output=result,
             want_routing=self._wants_routing(adapter_name, call),
             shared=shared,
         )
-        if isinstance(router, TokenRouter) and (self.training or adapted.routing is not None):
+        if adapted.routing is not None:
+            self._observe(adapted.routing, x, adapter_name)
+        if isinstance(router, TokenRouter) and self.training:
             self._report(adapted, router, x, adapter_name, call)
         return adapted.y
 
@@ -216,9 +213,7 @@ class RankExpertLinear(nn.Module, MergeableLayer):
     def _report(self, adapted: Adapted, router: TokenRouter, x: Tensor, adapter_name: str, call: Call | None) -> None:
         # What training wants to know of a token router's choice.
         settings = self.settings[adapter_name]
-        if adapted.routing is not None:
-            self._observe(adapted.routing, x, adapter_name)
-        if not self.training or settings.load_balance == "none":
+        if settings.load_balance == "none":
             return
         mask = call.token_mask(x) if call is not None else None
         if settings.load_balance == "bias":
@@ -229,21 +224,14 @@ class RankExpertLinear(nn.Module, MergeableLayer):
             assert adapted.routing is not None
             call.losses.append((adapter_name, settings.balance_coef * balance_loss(adapted.routing, mask)))
 
-    def _task_gates(
-        self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None
-    ) -> tuple[Tensor, int | None]:
-        # Gates, a row for each task id, and how many ranks the ids' tasks use at most; None: not known.
+    def _task_ids(self, router: TaskRouter, x: Tensor, adapter_name: str, call: Call | None) -> Tensor:
+        # One for each row of gates; what training wants of the tasks is reported on the way.
         settings = self.settings[adapter_name]
         ids = task_ids_of_layer(self.scope, adapter_name, x, self.path)
         if self.training and settings.contrastive_coef and router.num_tasks > 1 and call is not None and x.numel():
             loss = self._contrast(router, ids, x, settings, call)
             call.losses.append((adapter_name, settings.contrastive_coef * loss))
-        routing: Routing = router(ids)
-        self._observe(routing, x, adapter_name)
-        if torch.compiler.is_compiling() or ids.device.type != "cpu":
-            return routing.gates, None  # An accelerator would have to be waited for.
-        used = int(routing.indices.max()) if ids.shape[0] else router.r
-        return routing.gates.narrow(1, 0, used), used
+        return ids
 
     def _contrast(self, router: TaskRouter, ids: Tensor, x: Tensor, settings: AdapterSettings, call: Call) -> Tensor:
         mask = call.token_mask(x)

@@ -234,6 +234,39 @@ def contrastive_loss(
     return torch.where(mask, losses, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def task_logits(task_embedding: Tensor, gate_weight: Tensor, gate_bias: Tensor, task_ids: Tensor) -> Tensor:
+    """Return MoRE's logits W e_t + c (N, r) of tasks (N,), in float32 or better, autocast or not.
+
+    Example:
+        >>> task_logits(torch.eye(2), torch.ones(3, 2), torch.arange(3.0), torch.tensor([1]))
+        tensor([[1., 2., 3.]])
+    """
+    dtype = torch.promote_types(gate_weight.dtype, torch.float32)
+    with torch.autocast(gate_weight.device.type, enabled=False):
+        return F.linear(task_embedding.to(dtype)[task_ids], gate_weight.to(dtype), gate_bias.to(dtype))
+
+
+def task_routing(logits: Tensor, num_tasks: int, rank_scaling: str) -> Routing:
+    """Choose each task's ranks by the logits (N, r) of `task_logits`; see `TaskRouter`.
+
+    Example:
+        >>> task_routing(torch.tensor([[0.0, 2.0, 1.0]]), num_tasks=4, rank_scaling="none").gates
+        tensor([[1., 1., 0.]])
+    """
+    probabilities = logits.softmax(-1)
+    # By the logits, of which fewer are equal: the lower index among equals.
+    best = logits.argmax(-1, keepdim=True)
+    chosen = probabilities.gather(-1, best)
+    num_ranks = logits.shape[-1]
+    rank = torch.arange(num_ranks, device=best.device)
+    gates = (rank <= best).to(logits.dtype) * (1 + (chosen - chosen.detach()))
+    if rank_scaling == "task":
+        gates = gates * (best + 1).to(logits.dtype) / num_tasks
+    elif rank_scaling == "rank":
+        gates = gates * ((rank + 1).to(logits.dtype) / num_ranks).square()
+    return Routing(gates, best.squeeze(-1) + 1, probabilities)
+
+
 class TokenRouter(nn.Module):
     """The token gate of SMoRA: z = x W_gᵀ, then `token_routing`.
 
@@ -402,19 +435,8 @@ class TaskRouter(nn.Module):
             Routing: gates (N, r) with the rank scaling in them, indices (N,) the chosen ranks r_t in 1…r,
             probabilities (N, r).
         """
-        dtype = torch.promote_types(self.gate_weight.dtype, torch.float32)
-        with torch.autocast(self.gate_weight.device.type, enabled=False):
-            embedding = self.task_embedding.to(dtype)[task_ids]
-            probabilities = F.linear(embedding, self.gate_weight.to(dtype), self.gate_bias.to(dtype)).softmax(-1)
-        best = probabilities.argmax(-1, keepdim=True)
-        chosen = probabilities.gather(-1, best)
-        rank = torch.arange(self.r, device=best.device)
-        gates = (rank <= best).to(dtype) * (1 + (chosen - chosen.detach()))
-        if self.rank_scaling == "task":
-            gates = gates * (best + 1).to(dtype) / self.num_tasks
-        elif self.rank_scaling == "rank":
-            gates = gates * ((rank + 1).to(dtype) / self.r).square()
-        return Routing(gates, best.squeeze(-1) + 1, probabilities)
+        logits = task_logits(self.task_embedding, self.gate_weight, self.gate_bias, task_ids)
+        return task_routing(logits, self.num_tasks, self.rank_scaling)
 
     def contrast(self, examples: Tensor, task_ids: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
         """Return the contrastive loss of pooled inputs (B, d_in) with their tasks (B,); see `contrastive_loss`."""

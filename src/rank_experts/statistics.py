@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import RankExpertConfig
 from .layout import TENSOR_NAME, tensor_shapes
+from .routing import task_logits
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,8 @@ def layer_statistics(
         balance_bias = tensors["router.balance_bias"].clone()
     elif "router.gate_weight" in tensors:
         router, embedding = "task", tensors["router.task_embedding"].clone()
-        weight, bias = tensors["router.gate_weight"], tensors["router.gate_bias"]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        logits = F.linear(embedding.to(dtype), weight.to(dtype), bias.to(dtype))
-        chosen_rank = 1 + logits.softmax(-1).argmax(-1)  # as TaskRouter, ties included
+        gate = tensors["router.gate_weight"], tensors["router.gate_bias"]
+        chosen_rank = 1 + task_logits(embedding, *gate, torch.arange(len(embedding))).argmax(-1)  # as TaskRouter
     return LayerStatistics(
         path=path,
         router=router,

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
-from ..routing import Routing, TokenRouter, expert_load
+from ..routing import Routing, TaskRouter, TokenRouter, expert_load
 from . import gate as torch_gate
-from . import native
+from . import native, native_given
 from .announcement import announce
 from .fused import Base, given_gates, token_gated
 from .gate import GateSpec
 from .reference import rank_experts_reference
 from .shared import Reader, Shared, project
+from .task import task_gated
 
 # Below this many tokens, grouping the products of layers that read one input costs what it saves, as measured on a CPU
 # (examples/benchmarks/shared.py): it pays from fewer tokens on for a token router in 16 bits than for the rest.
@@ -53,8 +54,9 @@ def rank_experts(
     x: Tensor,
     A: Tensor,
     B: Tensor,
-    gate: TokenRouter | Tensor | None = None,
+    gate: TokenRouter | TaskRouter | Tensor | None = None,
     *,
+    task_ids: Tensor | None = None,
     scale: float = 1.0,
     dropout: Callable[[Tensor], Tensor] | None = None,
     output: Tensor | None = None,
@@ -72,7 +74,8 @@ def rank_experts(
         x: (…, d_in).
         A: (r, d_in).
         B: (d_out, r).
-        gate: A token router; or gates (G, r), a row for N / G tokens in turn; or None where all are 1.
+        gate: A token router; a task router; gates (G, r), a row for N / G tokens in turn; or None where all are 1.
+        task_ids: (G,) int64 in 0 … T − 1, for a task router: a task for N / G tokens in turn.
         scale: s.
         dropout: Applied to the x that A reads; None: nothing.
         output: (…, d_out) what the update is added to where the base layer was applied already.
@@ -99,10 +102,19 @@ def rank_experts(
     # As in PEFT's LoRA: autocast decides, and without it the adapter computes in its own dtype.
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype
     dropped = dropout(x if autocast else x.to(A.dtype)) if dropout is not None else None
-    if reason := _needs_reference(x, A, B, gate, autocast, want_routing):
+    reason = _needs_reference(x, A, B, gate, autocast, want_routing)
+    joined, routing = None, None  # A task router that the op runs itself, and what another chose.
+    if isinstance(gate, TaskRouter):
+        assert task_ids is not None
+        if not reason and shared is None and _joins_task_gate(gate, x, A, B, dtype):
+            joined, gate = gate, None
+        else:
+            routing = gate(task_ids)
+            gate, A, B = _used_ranks(routing, A, B)
+    if reason:
         if not torch.compiler.is_compiling():
             announce(f"plain PyTorch, because {reason}")
-        return _reference(base_layer, x, A, B, gate, scale, dropped, output)
+        return _reference(base_layer, x, A, B, gate, scale, dropped, output, routing)
     if torch.compiler.is_compiling():
         return _one_node(base_layer(x) if output is None else output, x, dropped, A, B, gate, scale, dtype)
     fresh = _is_plain(base_layer)
@@ -112,12 +124,16 @@ def rank_experts(
     else:
         tensor = base_layer(x) if output is None else output
         base = Base(None, False, (fresh or output is not None) and _may_overwrite(tensor), dtype)
+    if joined is not None and task_ids is not None:
+        announce("native CPU kernel for few ranks, with the task gate")
+        return Adapted(task_gated(x, dropped, tensor, A, B, joined, task_ids, scale, base))
     if not isinstance(gate, TokenRouter):
-        announce("fused PyTorch function")
         projection = None if shared is None else shared.projection
+        kernels = torch_gate if projection is not None else given_kernels(x, A, B, dtype)
+        announce("native CPU kernel for few ranks" if kernels is native_given else "fused PyTorch function")
         if projection is not None and projection.shape[1] > len(A):  # The ranks that the batch's tasks use.
             projection = projection[:, : len(A)]
-        return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base, projection))
+        return Adapted(given_gates(x, dropped, tensor, A, B, gate, scale, base, kernels, projection))
     spec = GateSpec(gate.top_k, gate.score_function, gate.biased_gates, scale)
     kernels = gate_kernels(x, A, B, gate.weight, gate.top_k, dtype)
     announce(_CHOICES[kernels.__name__.rpartition(".")[2]])
@@ -208,7 +224,7 @@ def may_share(x: Tensor, reader: Reader) -> bool:
     if torch._C._are_functorch_transforms_active() or (autocast and x.dtype == torch.float64):
         return False
     if reader.weight is None:
-        return True
+        return given_kernels(x, reader.A, reader.B, dtype) is not native_given
     return gate_kernels(x, reader.A, reader.B, reader.weight, reader.top_k, dtype) is not native
 
 
@@ -239,7 +255,12 @@ def share(x: Tensor, readers: list[Reader]) -> list[Shared] | None:
 
 
 def _needs_reference(
-    x: Tensor, A: Tensor, B: Tensor, gate: TokenRouter | Tensor | None, autocast: bool, want_routing: bool
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate: TokenRouter | TaskRouter | Tensor | None,
+    autocast: bool,
+    want_routing: bool,
 ) -> str:
     # Why only the reference serves, or an empty string.
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
@@ -258,6 +279,30 @@ def _needs_reference(
     return ""
 
 
+def _joins_task_gate(router: TaskRouter, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> bool:
+    # Whether the gate may be computed with the update: nothing else sees the router run, and a kernel takes it all.
+    gate = (router.task_embedding, router.gate_weight, router.gate_bias)
+    return (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and type(router) is TaskRouter
+        and _is_unwatched(router)
+        and {type(each) for each in gate} <= _PLAIN
+        and len({each.dtype for each in gate}) == 1
+        and native_given.supports((x, A, B, *gate), dtype, len(A))
+    )
+
+
+def _used_ranks(routing: Routing, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Gates, A and B up to the last rank that the tasks use, where that is known.
+    if torch.compiler.is_compiling() or not routing.indices.is_cpu:
+        return routing.gates, A, B  # An accelerator would have to be waited for.
+    used = int(routing.indices.max()) if len(routing.indices) else len(A)
+    # Even where all are used: the order in which gradients come must not depend on a process's tasks, because
+    # DeepSpeed's ZeRO-2 adds up what comes first, second, … on each.
+    return routing.gates.narrow(1, 0, used), A.narrow(0, 0, used), B.narrow(1, 0, used)
+
+
 def _reference(
     base_layer: nn.Module,
     x: Tensor,
@@ -267,10 +312,13 @@ def _reference(
     scale: float,
     dropped: Tensor | None,
     output: Tensor | None,
+    routing: Routing | None = None,
 ) -> Adapted:
     y = base_layer(x) if output is None else output
-    routing = gate(x.reshape(-1, x.shape[-1])) if isinstance(gate, TokenRouter) else None
-    gates = routing.gates if routing is not None else gate
+    gates = gate
+    if isinstance(gate, TokenRouter):
+        routing = gate(x.reshape(-1, x.shape[-1]))
+        gates = routing.gates
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(A.dtype)
     source = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
@@ -302,13 +350,16 @@ def _one_node(
 
 def _is_plain(base_layer: nn.Module) -> bool:
     # Whether nothing but the caller can hold on to the layer's output.
+    return type(base_layer) in (nn.Linear, Conv1D) and _is_unwatched(base_layer)
+
+
+def _is_unwatched(module: nn.Module) -> bool:
     return (
-        type(base_layer) in (nn.Linear, Conv1D)
-        and "forward" not in base_layer.__dict__
-        and not base_layer._forward_hooks
-        and not base_layer._forward_pre_hooks
-        and not base_layer._backward_hooks
-        and not base_layer._backward_pre_hooks
+        "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
         and not torch_module._global_forward_hooks
         and not torch_module._global_forward_pre_hooks
         and not torch_module._global_backward_hooks
@@ -340,6 +391,11 @@ def gate_kernels(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, top_k: int, dt
     if x.device.type == "cuda" and torch.float64 not in (x.dtype, weight.dtype) and (found := triton_kernels()):
         return found if found.supports(dtype, len(A)) else torch_gate
     return torch_gate
+
+
+def given_kernels(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> ModuleType:
+    """Return `ops.gate`, which stands for PyTorch's products, or the module that serves given gates faster."""
+    return native_given if x.is_cpu and native_given.supports((x, A, B), dtype, len(A)) else torch_gate
 
 
 @functools.cache

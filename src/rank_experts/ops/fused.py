@@ -81,13 +81,14 @@ def given_gates(
     gates: Tensor | None,
     scale: float,
     base: Base,
+    kernels: Any = torch_gate,
     shared: Tensor | None = None,
 ) -> Tensor:
     """Compute base(x) + s · (g ⊙ (dropped Aᵀ)) Bᵀ with gates (G, r), or None where all are 1; else as `token_gated`."""
     inputs = (x, dropped, tensor, A, B, gates)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return GivenGates.apply(*inputs, scale, base, shared)
-    return given_forward(*inputs, scale, base, shared)[0]
+        return GivenGates.apply(*inputs, scale, base, kernels, shared)
+    return given_forward(*inputs, scale, base, kernels, shared)[0]
 
 
 class TokenGated(torch.autograd.Function):
@@ -139,11 +140,11 @@ class GivenGates(torch.autograd.Function):
     """`given_gates` with its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x, dropped, tensor, A, B, gates, scale, base, shared):
-        """Compute y, and save x and the projections (without gates: the scaled projections)."""
-        y, saved = given_forward(x, dropped, tensor, A, B, gates, scale, base, shared)
+    def forward(ctx: Any, x, dropped, tensor, A, B, gates, scale, base, kernels, shared):
+        """Compute y, and save x and what `given_forward` says."""
+        y, saved = given_forward(x, dropped, tensor, A, B, gates, scale, base, kernels, shared)
         _save(ctx, base, tensor, y, x if dropped is None else None, dropped, A, B, gates, saved)
-        ctx.scale, ctx.base, ctx.shape, ctx.shared = scale, base, x.shape, shared is not None
+        ctx.scale, ctx.base, ctx.kernels, ctx.shape, ctx.shared = scale, base, kernels, x.shape, shared is not None
         ctx.set_materialize_grads(False)
         return y
 
@@ -151,26 +152,26 @@ class GivenGates(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, dropped, tensor, A, B, gates, and of what is shared."""
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         base_weight, x, dropped, A, B, gates, projection = ctx.saved_tensors
         base, scale, needed = ctx.base, ctx.scale, ctx.needs_input_grad
         if torch.is_grad_enabled():
             update = given_update(x, dropped, A, B, gates, scale, base)
             inputs = (x, dropped, A, B, gates)
             dx, *rest = differentiable(update, dy, base_weight, inputs, needed, base)
-            return (dx, *rest, None, None, None)
+            return (dx, *rest, *(None,) * 4)
         if ctx.shared:
             with no_autocast(x):
                 dx = base_backward(dy, base_weight, base) if needed[0] else None
                 dp, dB, dgates = projection_backward(dy, B, gates, projection, scale, base, needed)
             dx = None if dx is None else dx.view(ctx.shape)
-            return dx, None, output_gradient(dy, base, needed), None, dB, dgates, None, None, dp
+            return dx, None, output_gradient(dy, base, needed), None, dB, dgates, None, None, None, dp
         dx, ddropped, dA, dB, dgates = given_backward(
-            dy, base_weight, x, dropped, A, B, gates, projection, scale, base, needed
+            dy, base_weight, x, dropped, A, B, gates, projection, scale, base, ctx.kernels, needed
         )
         if dx is not None:
             dx = dx.view(ctx.shape)
-        return dx, ddropped, output_gradient(dy, base, needed), dA, dB, dgates, None, None, None
+        return dx, ddropped, output_gradient(dy, base, needed), dA, dB, dgates, *(None,) * 4
 
 
 def _save(ctx: Any, base: Base, tensor: Tensor, y: Tensor, *tensors: Tensor | None) -> None:

@@ -3,301 +3,15 @@
 // What `gate.py` and `fused.py` do with dense products over all r ranks, this does over the k chosen ones: forward is
 // select → x·Aᵀ at the chosen rows → gates → y += u·Bᵀ; backward is dy·B and dB tile by tile of dy, the gate's
 // derivative, and dx, dA, dW_g tile by tile of x. The router's x·W_gᵀ, which needs all experts, stays a matrix product
-// of the caller's. Whatever the dtype of the tensors, the arithmetic is float32.
-//
-// A matrix M (A, W_g or Bᵀ, rows of d numbers) is packed into tiles of COLUMNS numbers of all rows, so that a tile
-// stays in the first-level cache while all tokens pass by. Threads share the tokens where tokens are written, and the
-// tiles where matrices are; the order of every sum depends on the number of threads alone.
+// of the caller's. Threads share the tokens where tokens are written, and the tiles where matrices are; the order of
+// every sum depends on the number of threads alone.
 //
 // A plain C interface, so that compiling needs no headers of PyTorch's. `ops/native.py` calls it.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#define HAS_TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "native_given.h"
+#include "native_tiles.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, VECTORS = 8;  // of 32 registers, 8 hold a token's tile and 8 its gradient's
-#elif defined(__AVX__)
-constexpr int LANES = 8, VECTORS = 4;
-#else
-constexpr int LANES = 4, VECTORS = 8;
-#endif
-constexpr int COLUMNS = LANES * VECTORS;
-constexpr int AHEAD = 4;  // tokens to prefetch
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline Floats load(const float *p) {
-    Floats v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-inline void store(float *p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-inline Floats load(const bfloat16 *p) {
-    Halves half;
-    std::memcpy(&half, p, sizeof half);
-    Words words = __builtin_convertvector(half, Words) << 16;
-    return (Floats)words;
-}
-
-inline void store(bfloat16 *p, Floats v) {
-    Words words = (Words)v;
-    Words rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;  // to nearest, ties to even
-    Words nan = (Words)(v != v);
-    rounded = (nan & 0x7FC0) | (~nan & rounded);
-    Halves half = __builtin_convertvector(rounded, Halves);
-    std::memcpy(p, &half, sizeof half);
-}
-
-inline float widen(float value) { return value; }
-
-inline float widen(bfloat16 value) {
-    uint32_t word = uint32_t(value.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &word, sizeof wide);
-    return wide;
-}
-
-inline void put(float *p, float value) { *p = value; }
-
-inline void put(bfloat16 *p, float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof word);
-    p->bits = value != value ? 0x7FC0 : uint16_t((word + 0x7FFF + (word >> 16 & 1)) >> 16);
-}
-
-inline float sum(Floats v) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-#endif
-}
-
-// Functions of vectors, to some units in the last place; NaN stays NaN.
-
-inline Floats blend(Words mask, Floats yes, Floats no) { return (Floats)((mask & (Words)yes) | (~mask & (Words)no)); }
-
-// e^x for x up to 88: 2^n · e^rest with Cephes' polynomial; 0 below the normal numbers.
-inline Floats exponential(Floats x) {
-    const Words vanishes = (Words)(x < -87.0f);
-    x = blend(vanishes, Floats{}, x);
-    const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23, so that n is in the lowest bits
-    const Floats n = shifted - 12582912.0f;
-    const Floats rest = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Floats y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    const Floats power = (Floats)(((Words)shifted << 23) + 0x3F800000);
-    return blend(vanishes, Floats{}, y * power);
-}
-
-// log(1 + t) for t from 0 to 1: twice the series of artanh(t / (2 + t)).
-inline Floats log_plus_one(Floats t) {
-    const Floats s = t / (t + 2.0f), q = s * s;
-    Floats y = q * (2.0f / 15) + 2.0f / 13;
-    y = y * q + 2.0f / 11;
-    y = y * q + 2.0f / 9;
-    y = y * q + 2.0f / 7;
-    y = y * q + 2.0f / 5;
-    y = y * q + 2.0f / 3;
-    return (y * q + 2.0f) * s;
-}
-
-inline Floats log_sigmoid(Floats z) {
-    const Floats magnitude = (Floats)((Words)z & 0x7FFFFFFF);
-    return blend((Words)(z > 0.0f), Floats{}, z) - log_plus_one(exponential(-magnitude));
-}
-
-inline Floats sigmoid(Floats z) {
-    const Floats t = exponential(-(Floats)((Words)z & 0x7FFFFFFF));
-    return blend((Words)(z < 0.0f), t, Floats{} + 1.0f) / (t + 1.0f);
-}
-
-// 1 − e^x for x ≤ 0.
-inline Floats one_minus_exponential(Floats x) {
-    Floats y = x * (1.0f / 40320) + 1.0f / 5040;
-    y = y * x + 1.0f / 720;
-    y = y * x + 1.0f / 120;
-    y = y * x + 1.0f / 24;
-    y = y * x + 1.0f / 6;
-    y = y * x + 0.5f;
-    y = -(y * x + 1.0f) * x;
-    return blend((Words)(x < -0.5f), 1.0f - exponential(x), y);
-}
-
-// to[i] = f(from[i]), with the same f for every place.
-template <class F>
-inline void map(const float *from, int64_t count, float *to, F f) {
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(to + i, f(load(from + i)));
-    if (i == count) return;
-    float rest[LANES] = {};
-    std::memcpy(rest, from + i, (count - i) * sizeof(float));
-    store(rest, f(load(rest)));
-    std::memcpy(to + i, rest, (count - i) * sizeof(float));
-}
-
-// One tile of one token, in registers. The last tile of a row may be narrower than COLUMNS.
-template <class T>
-struct Tile {
-    Floats v[VECTORS];
-
-    void read(const T *p, int width) {
-        if (width == COLUMNS) {
-            for (int i = 0; i < VECTORS; i++) v[i] = load(p + i * LANES);
-            return;
-        }
-        T padded[COLUMNS];
-        std::memset(padded, 0, sizeof padded);
-        std::memcpy(padded, p, width * sizeof(T));
-        for (int i = 0; i < VECTORS; i++) v[i] = load(padded + i * LANES);
-    }
-
-    void write(T *p, int width) const {
-        if (width == COLUMNS) {
-            for (int i = 0; i < VECTORS; i++) store(p + i * LANES, v[i]);
-            return;
-        }
-        T padded[COLUMNS];
-        for (int i = 0; i < VECTORS; i++) store(padded + i * LANES, v[i]);
-        std::memcpy(p, padded, width * sizeof(T));
-    }
-};
-
-template <class T>
-inline void prefetch(const T *p) {
-    for (unsigned i = 0; i < COLUMNS * sizeof(T); i += 64) __builtin_prefetch((const char *)p + i);
-}
-
-inline int64_t num_tiles(int64_t d) { return (d + COLUMNS - 1) / COLUMNS; }
-
-inline int width_of(int64_t tile, int64_t d) {
-    int64_t left = d - tile * COLUMNS;
-    return int(left < COLUMNS ? left : COLUMNS);
-}
-
-// A contiguous tensor of either type.
-struct Tensor {
-    void *data;
-    bool narrow;
-
-    // Calls f with the data in its own type.
-    template <class F>
-    void typed(F f) const {
-        narrow ? f((bfloat16 *)data) : f((float *)data);
-    }
-};
-
-// Tile number t of a matrix (rows, d).
-void pack(const Tensor &matrix, int64_t rows, int64_t d, int64_t t, float *tile) {
-    const int width = width_of(t, d);
-    matrix.typed([&](auto *data) {
-        for (int64_t row = 0; row < rows; row++) {
-            const auto *from = data + row * d + t * COLUMNS;
-            float *to = tile + row * COLUMNS;
-            for (int c = 0; c < width; c++) to[c] = widen(from[c]);
-            for (int c = width; c < COLUMNS; c++) to[c] = 0;
-        }
-    });
-}
-
-// Tile number t of the transpose of a matrix (d, rows).
-void pack_transposed(const Tensor &matrix, int64_t rows, int64_t d, int64_t t, float *tile) {
-    const int width = width_of(t, d);
-    matrix.typed([&](auto *data) {
-        const auto *from = data + t * COLUMNS * rows;
-        // By blocks of LANES rows, whose numbers in one column are neighbours in memory.
-        for (int64_t start = 0; start < rows; start += LANES) {
-            const int count = int(rows - start < LANES ? rows - start : LANES);
-            for (int c = 0; c < width; c++)
-                for (int i = 0; i < count; i++) tile[(start + i) * COLUMNS + c] = widen(from[c * rows + start + i]);
-            for (int i = 0; i < count; i++)
-                for (int c = width; c < COLUMNS; c++) tile[(start + i) * COLUMNS + c] = 0;
-        }
-    });
-}
-
-// out[n, j] += src[n, :] · tile[rows[n, j], :]
-template <class T>
-void dots(const T *src, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int rows_stride,
-          int m, const float *tile, float *out) {
-    for (int64_t n = first; n < last; n++) {
-        Tile<T> x;
-        x.read(src + n * d, width);
-        if (n + AHEAD < last) prefetch(src + (n + AHEAD) * d);
-        for (int j = 0; j < m; j++) {
-            const float *row = tile + int64_t(rows[n * rows_stride + j]) * COLUMNS;
-            Floats total = x.v[0] * load(row);
-            for (int i = 1; i < VECTORS; i++) total += x.v[i] * load(row + i * LANES);
-            out[n * m + j] += sum(total);
-        }
-    }
-}
-
-// dst[n, :] += Σ_j coefficients[n, j] · tile[rows[n, j], :]; what dst held is lost where `fresh`
-template <class T>
-void axpys(T *dst, bool fresh, int64_t d, int width, int64_t first, int64_t last, const int32_t *rows, int m,
-           const float *coefficients, const float *tile) {
-    for (int64_t n = first; n < last; n++) {
-        Tile<T> y;
-        if (fresh)
-            for (int i = 0; i < VECTORS; i++) y.v[i] = Floats{};
-        else
-            y.read(dst + n * d, width);
-        if (n + AHEAD < last) prefetch(dst + (n + AHEAD) * d);
-        for (int j = 0; j < m; j++) {
-            const float *row = tile + int64_t(rows[n * m + j]) * COLUMNS;
-            float c = coefficients[n * m + j];
-            for (int i = 0; i < VECTORS; i++) y.v[i] += c * load(row + i * LANES);
-        }
-        y.write(dst + n * d, width);
-    }
-}
-
-// gradient[rows[n, j], :] += coefficients[n, j] · src[n, :]
-template <class T>
-void outers(const T *src, int64_t d, int width, int64_t num_tokens, const int32_t *rows, int rows_stride, int m,
-            const float *coefficients, float *gradient) {
-    for (int64_t n = 0; n < num_tokens; n++) {
-        Tile<T> x;
-        x.read(src + n * d, width);
-        if (n + AHEAD < num_tokens) prefetch(src + (n + AHEAD) * d);
-        for (int j = 0; j < m; j++) {
-            float *row = gradient + int64_t(rows[n * rows_stride + j]) * COLUMNS, c = coefficients[n * m + j];
-            for (int i = 0; i < VECTORS; i++) store(row + i * LANES, load(row + i * LANES) + c * x.v[i]);
-        }
-    }
-}
 
 // Keys as int64 that order as (key, −expert) do; a NaN of either sign is the largest, −0 is 0.
 inline int64_t packed_key(float key, int64_t expert) {
@@ -402,19 +116,6 @@ struct Gate {
     }
 };
 
-inline int thread() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-inline void split(int64_t count, int part, int parts, int64_t &first, int64_t &last) {
-    first = count * part / parts;
-    last = count * (part + 1) / parts;
-}
-
 // What backward does with one input of the adapter: its gradient, and those of the one or two matrices that it met.
 struct Side {
     Tensor src, dst;  // (N, d), of one type; dst.data null: no gradient
@@ -441,7 +142,7 @@ void backward_of_side(const Side &side, bool fresh, int64_t num_tokens, int self
             using T = std::remove_pointer_t<decltype(src)>;
             // One after the other, so that of tile and gradient only one must find room in the cache.
             if (side.dst.data)
-                axpys((T *)side.dst.data + start, fresh, side.d, width, 0, num_tokens, rows, m, coefficients, tile);
+                axpys((T *)side.dst.data + start, fresh, side.d, width, 0, num_tokens, rows, m, m, coefficients, tile);
             if (gradient) outers(src + start, side.d, width, num_tokens, rows, m, m, coefficients, gradient);
         });
         const float *from = gradient;
@@ -456,21 +157,7 @@ void backward_of_side(const Side &side, bool fresh, int64_t num_tokens, int self
     }
 }
 
-// What is the same for all calls. flags: 1 sigmoid, 2 biased, 4 the saved indices are bytes; bfloat16: 8 x, 16 the
-// dropped x, 32 y and dy, 64 A, 128 B, 256 W_g.
-struct Call {
-    int64_t num_tokens, d_in, d_out, num_ranks, num_experts, top_k, flags, threads;
-    double factor;  // k · s
-
-    int rho() const { return int(num_ranks / num_experts); }
-    Gate gate() const { return Gate{num_experts, top_k, flags & 1, flags & 2, float(factor)}; }
-    Tensor tensor(const void *data, int64_t flag) const { return Tensor{(void *)data, (flags & flag) != 0}; }
-};
-
-#define CALL                                                                                                   \
-    int64_t num_tokens, int64_t d_in, int64_t d_out, int64_t num_ranks, int64_t num_experts, int64_t top_k,    \
-        int64_t flags, int64_t threads, double factor
-#define CALLED {num_tokens, d_in, d_out, num_ranks, num_experts, top_k, flags, threads, factor}
+Gate gate_of(const Call &s) { return Gate{s.num_experts, s.top_k, s.flags & 1, s.flags & 2, float(s.factor)}; }
 
 // All that decoding takes. indices may be null.
 struct DecodeCall : Call {
@@ -673,7 +360,7 @@ int64_t rank_experts_logits(int64_t num_tokens, int64_t d, int64_t num_experts, 
 // For a few tokens without gradients: the router's product too, and no packing. All tensors are contiguous.
 void rank_experts_decode(const DecodeCall *arguments) {
     const DecodeCall &s = *arguments;
-    const Gate gate = s.gate();
+    const Gate gate = gate_of(s);
     const int64_t num_tokens = s.num_tokens, d_in = s.d_in, d_out = s.d_out;
     const int64_t num_ranks = s.num_ranks, num_experts = s.num_experts;
     const int k = int(s.top_k), rho = s.rho();
@@ -776,7 +463,7 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
                           const float *keys, const float *bias, void *y, int64_t *indices, void *narrow, float *values,
                           float *projections, float *scratch) {
     const Call s = CALLED;
-    const Gate gate = s.gate();
+    const Gate gate = gate_of(s);
     const Tensor tensor_x = s.tensor(x, 16), tensor_y = s.tensor(y, 32);
     const Tensor tensor_A = s.tensor(A, 64), tensor_B = s.tensor(B, 128);
     const int k = int(s.top_k), rho = s.rho(), m = k * rho;
@@ -790,7 +477,7 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
         const int self = thread();
         for (int64_t t = self; t < tiles_in; t += threads) pack(tensor_A, s.num_ranks, s.d_in, t, packed_A + t * step);
         for (int64_t t = self; t < tiles_out; t += threads)
-            pack_transposed(tensor_B, s.num_ranks, s.d_out, t, packed_B + t * step);
+            pack_transposed(tensor_B, s.num_ranks, s.num_ranks, s.d_out, t, packed_B + t * step);
         int64_t first, last;
         split(s.num_tokens, self, int(threads), first, last);
         gate.select(keys + first * s.num_experts, last - first, order + self * s.num_experts, indices + first * k);
@@ -825,7 +512,8 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
         }
         for (int64_t t = 0; t < tiles_out; t++)
             tensor_y.typed([&](auto *dst) {
-                axpys(dst + t * COLUMNS, false, s.d_out, width_of(t, s.d_out), first, last, rows, m, u, packed_B + t * step);
+                axpys(dst + t * COLUMNS, false, s.d_out, width_of(t, s.d_out), first, last, rows, m, m, u,
+                      packed_B + t * step);
             });
     }
 }
@@ -839,7 +527,7 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
                            const float *bias, void *dx, int64_t fresh, void *ddropped, void *dA, void *dB,
                            void *dweight, float *scratch) {
     const Call s = CALLED;
-    const Gate gate = s.gate();
+    const Gate gate = gate_of(s);
     const Tensor tensor_dy = s.tensor(dy, 32), tensor_B = s.tensor(B, 128);
     const bool together = !dropped;
     const Tensor tensor_A = s.tensor(A, 64), tensor_weight = s.tensor(weight, 256);
@@ -885,7 +573,7 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
         for (int64_t t = self; t < tiles_out; t += threads) {
             float *gradient = dB ? tile + s.num_ranks * COLUMNS : nullptr;
             int width = width_of(t, s.d_out);
-            pack_transposed(tensor_B, s.num_ranks, s.d_out, t, tile);
+            pack_transposed(tensor_B, s.num_ranks, s.num_ranks, s.d_out, t, tile);
             if (gradient) std::memset(gradient, 0, s.num_ranks * COLUMNS * sizeof(float));
             tensor_dy.typed([&](auto *src) {
                 dots(src + t * COLUMNS, s.d_out, width, 0, s.num_tokens, rows, stride, m, tile, own);

@@ -12,6 +12,7 @@ Shapes as in `products.py`.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 # Up to this many tokens without gradients, one call does everything after the base layer.
 DECODE_TOKENS = 16
-_NARROW = torch.bfloat16
-_DTYPES = (torch.float32, _NARROW)
+NARROW = torch.bfloat16
+DTYPES = (torch.float32, NARROW)
 PLAIN = frozenset({Tensor, nn.Parameter})
 """The types of tensors that are what they seem."""
 # `DecodeCall` in native.cpp: one argument costs less than sixteen.
@@ -45,10 +46,10 @@ def supports(tensors: Sequence[Tensor], dtype: torch.dtype, top_k: int, num_expe
         top_k: k.
         num_experts: E.
     """
-    if dtype not in _DTYPES or not pays(top_k, num_experts):
+    if dtype not in DTYPES or not pays(top_k, num_experts):
         return False
     for tensor in tensors:  # Not by all(), whose generator costs a token's decoding a microsecond.
-        if not tensor.is_cpu or tensor.dtype not in _DTYPES:
+        if not tensor.is_cpu or tensor.dtype not in DTYPES:
             return False
     return library() is not None
 
@@ -91,10 +92,10 @@ def decode(
     # Not by a call of the module, which would look again for the hooks that a plain layer does not have.
     y = base_layer.forward(x)
     indices = torch.empty(num_tokens, top_k, dtype=torch.int64) if want_indices else None
-    narrow = x.dtype is _NARROW
+    narrow = x.dtype is NARROW
     flags = (
         (router.score_function == "sigmoid") | router.biased_gates << 1 | narrow << 3 | narrow << 5
-        | (A.dtype is _NARROW) << 6 | (B.dtype is _NARROW) << 7 | (weight.dtype is _NARROW) << 8
+        | (A.dtype is NARROW) << 6 | (B.dtype is NARROW) << 7 | (weight.dtype is NARROW) << 8
     )  # fmt: skip
     library().rank_experts_decode(  # type: ignore[union-attr]
         _DECODE_CALL.pack(
@@ -119,7 +120,7 @@ def token_forward(
 ) -> tuple[Tensor, Tensor, Chosen]:
     """Add the update to the base layer's output y; else as `products.token_forward`."""
     shape, dtype = y.shape, y.dtype
-    y = y if dtype in _DTYPES else y.float()
+    y = y if dtype in DTYPES else y.float()
     if not (base.in_place and y.is_contiguous()):
         y = y.clone(memory_format=torch.contiguous_format)
     num_ranks, d_in = A.shape
@@ -137,9 +138,9 @@ def token_forward(
     projections = torch.empty(num_tokens, spec.top_k * (num_ranks // num_experts))
     native = library()
     assert native is not None
-    columns = native.rank_experts_columns()
-    tiles = -(-d_in // columns) - (-d_out // columns)
-    scratch = torch.empty(tiles * num_ranks * columns + 2 * projections.numel() + 2 * sizes[-1] * num_experts)
+    width = columns()
+    tiles = -(-d_in // width) - (-d_out // width)
+    scratch = torch.empty(tiles * num_ranks * width + 2 * projections.numel() + 2 * sizes[-1] * num_experts)
     if num_tokens:
         native.rank_experts_forward(
             *sizes, spec.top_k * spec.scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(),
@@ -158,7 +159,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     as good as casting first.
     """
     (num_tokens, d_in), num_experts = x.shape, weight.shape[0]
-    if x.dtype == weight.dtype == _NARROW and num_tokens:
+    if x.dtype == weight.dtype == NARROW and num_tokens:
         logits, packed = torch.empty(num_tokens, num_experts), torch.empty(-(-num_experts // 32) * 16 * d_in)
         native = library()
         assert native is not None
@@ -188,7 +189,7 @@ def token_backward(
     flat = x.contiguous().view(-1, d_in)
     source = flat if dropped is None else dropped.contiguous().view(-1, d_in)
     A, B, weight = A.contiguous(), B.contiguous(), weight.contiguous()
-    dy = (dy if dy.dtype in _DTYPES else dy.float()).contiguous()
+    dy = (dy if dy.dtype in DTYPES else dy.float()).contiguous()
     num_tokens, num_experts, d_out = flat.shape[0], weight.shape[0], B.shape[0]
     dx_base = dx
     if needed[0]:
@@ -204,9 +205,9 @@ def token_backward(
     threads = torch.get_num_threads()
     native = library()
     assert native is not None
-    columns = native.rank_experts_columns()
+    width = columns()
     scratch = torch.empty(
-        threads * (projections.numel() + 2 * (num_ranks + num_experts) * columns)
+        threads * (projections.numel() + 2 * (num_ranks + num_experts) * width)
         + 3 * projections.numel()
         + 2 * values.numel()
     )
@@ -215,8 +216,8 @@ def token_backward(
             num_tokens, d_in, d_out, num_ranks, num_experts, spec.top_k, flags, threads, spec.top_k * spec.scale,
             dy.data_ptr(), flat.data_ptr(), None if dropped is None else source.data_ptr(), A.data_ptr(),
             B.data_ptr(), weight.data_ptr(), chosen.indices.data_ptr(), values.data_ptr(), projections.data_ptr(),
-            _pointer(balance_bias), _pointer(dx if needed[0] else None), dx is not dx_base, _pointer(ddropped),
-            _pointer(dA), _pointer(dB), _pointer(dweight), scratch.data_ptr(),
+            pointer(balance_bias), pointer(dx if needed[0] else None), dx is not dx_base, pointer(ddropped),
+            pointer(dA), pointer(dB), pointer(dweight), scratch.data_ptr(),
         )  # fmt: skip
     if dx is not None and dx is not dx_base and dx_base is not None:
         dx = dx_base.add_(dx)
@@ -238,17 +239,23 @@ def count_load(y: Tensor, indices: Tensor, num_experts: int, mask: Tensor | None
         return None
     load = torch.zeros(num_experts)
     library().rank_experts_count(  # type: ignore[union-attr]
-        num_tokens, y.shape[-1], top_k, y.dtype is _NARROW, indices.data_ptr(), y.data_ptr(), _pointer(mask),
+        num_tokens, y.shape[-1], top_k, y.dtype is NARROW, indices.data_ptr(), y.data_ptr(), pointer(mask),
         load.data_ptr(),
     )  # fmt: skip
     return load
+
+
+@functools.cache
+def columns() -> int:
+    """Return how many numbers a tile of the kernel's has."""
+    return library().rank_experts_columns()  # type: ignore[union-attr]
 
 
 def _flags(spec: GateSpec, num_experts: int, *tensors: Tensor) -> int:
     # As `Call` in native.cpp has them; the tensors: x, what A reads, y or dy, A, B, W_g.
     flags = (spec.score_function == "sigmoid") | spec.biased_gates << 1 | (num_experts <= 256) << 2
     for bit, tensor in enumerate(tensors, 3):
-        if tensor.dtype == _NARROW:
+        if tensor.dtype == NARROW:
             flags |= 1 << bit
     return flags
 
@@ -257,5 +264,6 @@ def _index_dtype(num_experts: int) -> torch.dtype:
     return torch.uint8 if num_experts <= 256 else torch.int32
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's numbers lie; None for none."""
     return None if tensor is None else tensor.data_ptr()

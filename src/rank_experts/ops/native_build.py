@@ -1,7 +1,8 @@
 """Compile `native.cpp` once for this machine, keep the result in the user's cache, and load it.
 
-A plain shared object behind ctypes: the source includes nothing of PyTorch's, so that compiling takes seconds, needs
-only a C++ compiler, and the result serves every version of PyTorch. It runs on the OpenMP threads that PyTorch has.
+A plain shared object behind ctypes: the source and the headers beside it include nothing of PyTorch's, so that
+compiling takes seconds, needs only a C++ compiler, and the result serves every version of PyTorch. It runs on the
+OpenMP threads that PyTorch has.
 
 Compiling happens at the first call that could use the result, where a compiler (CXX, or c++, g++ or clang++ on the
 PATH) is found, and never twice for the same source, compiler and processor. RANK_EXPERTS_NATIVE=0 turns it all off;
@@ -109,7 +110,14 @@ def _open(path: Path) -> ctypes.CDLL:
     loaded.rank_experts_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 8]
     loaded.rank_experts_backward.argtypes = [*common, *[pointer] * 11, integer, *[pointer] * 5]
     loaded.rank_experts_count.argtypes = [*[integer] * 4, *[pointer] * 4]
-    for name in ("forward", "backward", "decode", "count"):
+    loaded.rank_experts_given_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 3]
+    loaded.rank_experts_given_backward.argtypes = [
+        *common, *[pointer] * 5, integer, *[pointer] * 2, integer, *[pointer] * 4
+    ]  # fmt: skip
+    loaded.rank_experts_task_gates.argtypes = [*[integer] * 6, *[pointer] * 7]
+    loaded.rank_experts_task_gates.restype = integer
+    loaded.rank_experts_task_gates_backward.argtypes = [*[integer] * 7, *[pointer] * 9]
+    for name in ("forward", "backward", "decode", "count", "given_forward", "given_backward", "task_gates_backward"):
         getattr(loaded, f"rank_experts_{name}").restype = None
     return loaded
 
@@ -133,7 +141,8 @@ def _fingerprint(compiler: tuple[str, ...]) -> str:
     # What the compiled code depends on: a home folder may be shared by machines that differ in all of it.
     found = os.stat(os.path.realpath(compiler[0]))
     parts = (*compiler, found.st_size, found.st_mtime_ns, platform.machine(), _processor(), _openmp())
-    return hashlib.sha256(SOURCE.read_bytes() + repr(parts).encode()).hexdigest()[:24]
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("native_*.h"))]
+    return hashlib.sha256(b"".join(map(Path.read_bytes, sources)) + repr(parts).encode()).hexdigest()[:24]
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import gate_kernels
+from .dispatch import gate_kernels, given_kernels
 from .gate import Chosen, GateSpec, values_dtype
 from .products import Base, given_backward, given_forward, token_backward, token_forward
 
@@ -97,7 +97,7 @@ def given_gates(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return y + s · (g ⊙ (x Aᵀ)) Bᵀ with gates (G, r), or None where all are 1, and the projections (N, r)."""
-    return given_forward(x, None, y.contiguous(), A, B, gates, scale, _apart(dtype))
+    return given_forward(x, None, y.contiguous(), A, B, gates, scale, _apart(dtype), given_kernels(x, A, B, dtype))
 
 
 @given_gates.register_fake
@@ -119,7 +119,8 @@ def given_gates_backward(
 ) -> list[Tensor]:
     """Return those of the gradients of x, A, B and gates that are `needed`."""
     asked = (needed[0], False, False, *needed[1:])
-    dx, _, *rest = given_backward(dy, None, x, None, A, B, gates, projection, scale, _apart(dtype), asked)
+    kernels = given_kernels(x, A, B, dtype)
+    dx, _, *rest = given_backward(dy, None, x, None, A, B, gates, projection, scale, _apart(dtype), kernels, asked)
     return _own((dx, *rest))
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import native
+from . import gate as torch_gate
+from . import native, native_given
 from .gate import Chosen, GateSpec
 
 # Below this many tokens two products cost less than putting A and W_g into one matrix.
@@ -84,14 +85,17 @@ def given_forward(
     gates: Tensor | None,
     scale: float,
     base: Base,
+    kernels: Any = torch_gate,
     shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (…, d_out) and the projections (N, r), scaled where there are no gates.
+    """Return y (…, d_out) and the projections (N, r), scaled where there are no gates and PyTorch computes.
 
     `shared` are the projections (N, r), where they have been computed already.
     """
     y = tensor if base.layer is None else base.layer(x)
     with no_autocast(x):
+        if kernels is native_given:
+            return native_given.forward(x, dropped, y, A, B, gates, len(A), scale, base)
         if shared is None:
             source = x if dropped is None else dropped
             projection = source.reshape(-1, x.shape[-1]).to(base.dtype) @ A.to(base.dtype).t()
@@ -149,12 +153,16 @@ def given_backward(
     projection: Tensor,
     scale: float,
     base: Base,
+    kernels: Any,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, dropped, A, B and gates; `needed` says of x, dropped, tensor, A, B, gates which."""
     source = x if dropped is None else dropped
     assert source is not None
     with no_autocast(source):
+        if kernels is native_given:
+            dx = base_backward(dy, base_weight, base) if needed[0] else None
+            return native_given.backward(dx, dy, x, dropped, A, B, gates, projection, scale, needed)
         dp, dB, dgates = projection_backward(dy, B, gates, projection, scale, base, needed)
         dx = base_backward(dy, base_weight, base) if needed[0] else None
         ddropped = _accumulate(None, dp, A, source, base) if dropped is not None and needed[1] else None
