@@ -89,3 +89,4 @@ def nan_in_new_buffers(monkeypatch: pytest.MonkeyPatch, module) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(module.torch, name, filled(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))

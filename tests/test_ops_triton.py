@@ -8,9 +8,11 @@ from torch import nn
 
 pytest.importorskip("triton")
 
+from helpers import nan_in_new_buffers
 from rank_experts.ops import fused, gate, triton_kernels
 from rank_experts.ops.fused import Base
 from rank_experts.ops.gate import Chosen, GateSpec
+from rank_experts.routing import expert_load
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -32,18 +34,7 @@ SPECS = {
 
 @pytest.fixture(autouse=True)
 def _nan_in_new_buffers(monkeypatch):
-    """What a kernel forgets to write shows as NaN, or as an index that does not exist."""
-
-    def filled(make):
-        def build(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-        return build
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(triton_kernels.torch, name, filled(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+    nan_in_new_buffers(monkeypatch, triton_kernels)
 
 
 def close(ours, theirs, tolerance):
@@ -160,6 +151,21 @@ def test_the_whole_op(name, dtype, device, monkeypatch):
     with torch.no_grad():
         y, _ = fused.token_gated(x[:3], None, linear.weight, A, B, weight, bias, spec, base, triton_kernels)
         close(y, runs[-1][0][:3], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(0, 4, 2), (7, 1, 1), (700, 37, 5), (90, 256, 8)])
+def test_the_load_of_tokens_that_count(num_tokens, num_experts, top_k, masked, dtype, device):
+    indices = torch.rand(num_tokens, num_experts, device=device).argsort(-1)[:, :top_k]
+    y = torch.randn(num_tokens, 6, device=device).to(dtype)[:, ::2]
+    y[1::3, 0] = torch.nan
+    mask = torch.rand(num_tokens, device=device) < 0.5 if masked else None
+    counts = ~y[:, 0].isnan() & (mask if masked else True)
+    expected = expert_load(indices, num_experts, counts)
+    assert torch.equal(triton_kernels.count_load(y, indices, num_experts, mask), expected)
+    assert num_tokens < 30 or 0 < expected.sum() < indices.numel()
 
 
 def test_what_is_supported():

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from measure import in_turn, machine, write
+from measure import in_turn, machine, overheads, spread, write
 from rank_experts.layer import RankExpertLinear
 from rank_experts.ops import dispatch
 from rank_experts.routing import TokenRouter
@@ -64,12 +64,11 @@ def main() -> None:
         runs: dict[str, Callable[[], None]] = {}
         for name, module in variants(d, dtype).items():
             runs[name] = step(torch.compile(module, fullgraph=True), x, dy)
-        times = in_turn(runs, args.repeats, args.clock)
-        base, lora = (times[kind]["median_ms"] for kind in ("base", "lora64"))
-        overhead = {name: round((value["median_ms"] - base) / (lora - base), 3) for name, value in times.items()}
+        times = in_turn(runs, args.repeats, args.clock, seconds=8)
+        overhead = overheads(times, lambda kind: "lora64")
         row = {"tokens": num_tokens, "width": d, "dtype": dtype_name}
-        rows.append({**row, "times": times, "overhead": overhead})
-        print(*row.values(), "overhead", overhead, flush=True)
+        rows.append({**row, "times": spread(times), "overhead": overhead})
+        print(*row.values(), "overhead", overhead["range"], flush=True)
     write(args.name, machine(args.threads, args.clock), rows)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from measure import in_turn, machine, write
+from measure import in_turn, machine, overheads, spread, write
 from models import VARIANTS, adapt, base_model
 from rank_experts import use_task
 from variants import pytorch_or_native
@@ -23,7 +23,7 @@ def decoding(model: nn.Module, batch: int, tokens: int, variant: str) -> Callabl
 
     def run() -> None:
         generate = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        if variant == "more8":
+        if variant.startswith("more8"):
             with use_task(model, "middle"):
                 model.generate(input_ids=prompt, **generate)
         else:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--variants", nargs="+", default=VARIANTS[:-2], choices=VARIANTS)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--name", default="decode")
@@ -55,10 +55,11 @@ def main() -> None:
             name: pytorch_or_native(name, decoding(model, batch, args.tokens, name)) for name, model in models.items()
         }
         times = in_turn(runs, args.repeats, args.clock, warm_up=1)
-        rate = {name: round(batch * args.tokens / value["median_ms"] * 1e3, 1) for name, value in times.items()}
+        rate = {k: round(batch * args.tokens / v["median_ms"] * 1e3, 1) for k, v in spread(times).items()}
+        total = overheads(times, lambda variant: "lora64", base=None)
         row = {name: getattr(args, name) for name in ("hidden", "layers", "tokens", "dtype")}
-        rows.append({"batch": batch, **row, "times": times, "tokens_per_second": rate})
-        print(batch, rate, flush=True)
+        rows.append({"batch": batch, **row, "times": spread(times), "tokens_per_second": rate, "total": total})
+        print(batch, rate, total["range"], flush=True)
     write(args.name, machine(args.threads, args.clock), rows)
 
 

@@ -118,7 +118,18 @@ ABLATIONS = {
 
 # What a method could be instead, for comparing on held-out examples (--explore).
 VARIANTS = {
+    "lora_r8_alpha_8": Method(_lora(8, 8)),
+    "lora_r8_alpha_32": Method(_lora(8, 32)),
+    "lora_r8_alpha_64": Method(_lora(8, 64)),
+    "lora_r64_alpha_8": Method(_lora(64, 8)),
+    "lora_r64_alpha_32": Method(_lora(64, 32)),
     "lora_r64_alpha_64": Method(_lora(64, 64)),
+    "smora_alpha_2": Method(_smora(alpha=2)),
+    "smora_alpha_8": Method(_smora(alpha=8)),
+    "mixture_alpha_1": Method(_mixture(alpha=1)),
+    "mixture_alpha_4": Method(_mixture(alpha=4)),
+    "more_alpha_8": Method(_more(alpha=8)),
+    "more_alpha_32": Method(_more(alpha=32)),
     "smora_alpha_16_balance_fast": Method(_smora(alpha=16, balance_rate=1e-2)),
     "smora_alpha_16_biased_gates": Method(_smora(alpha=16, biased_gates=True)),
     "more_paper_router_fast": Method(_PAPER_MORE, router_factor=10.0),

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from measure import in_turn, machine, write
+from measure import in_turn, machine, spread, write
 from models import adapt, base_model
 from rank_experts import RankExpertConfig, inject_rank_experts
 from training_step import training_step
@@ -54,7 +54,7 @@ def over_tasks(num_tokens: int, d: int, tasks: list[int]) -> tuple[Runs, list[di
         layer = inject_rank_experts(nn.Sequential(nn.Linear(d, d)), config)[0].train()
         choose_ranks(layer.rank_expert_router["default"], [1 + i % 8 for i in range(number)])
         runs[f"more {number}"] = step(layer, x, dy, torch.arange(8) % number)
-        rows.append({"of": "tasks", "value": number, "kind": "more8"})
+        rows.append({"of": "tasks", "value": number, "kind": "more8 native"})
     return runs, rows
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 8, 32, 128])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--name", default="growth")
@@ -92,7 +92,7 @@ def main() -> None:
         over_tasks(args.tokens, args.width, args.tasks),
         over_layers(args.tokens, args.hidden, args.layers),
     ):
-        times = in_turn(runs, args.repeats, args.clock, warm_up=2)
+        times = spread(in_turn(runs, args.repeats, args.clock, warm_up=2))
         rows += [{**row, **value} for row, value in zip(described, times.values(), strict=True)]
         print({name: value["median_ms"] for name, value in times.items()}, flush=True)
     write(args.name, machine(args.threads, args.clock), rows)

@@ -103,7 +103,8 @@ def speed(result: dict[str, Any]) -> str:
     for found in result["rows"]:
         if found["tokens"] == TOKENS:
             kept = found["saved_bytes"]["smora"] / found["saved_bytes"]["lora64"]
-            ratios = [f"{found[of][kind]:.2f}" for of in ("total", "overhead") for kind in ("smora native", "smora")]
+            values = [found[of]["value"] for of in ("total", "overhead")]
+            ratios = [f"{value[kind]:.2f}" for value in values for kind in ("smora native", "smora")]
             rows.append([str(found["width"]), found["dtype"], *ratios, f"{kept:.2f}"])
     head = ["width", "dtype", "time, native kernel", "time, PyTorch", "time beyond the frozen layer's, native kernel"]
     return markdown([*head, "the same, PyTorch", "bytes kept for backward"], rows)

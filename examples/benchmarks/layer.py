@@ -5,7 +5,7 @@
 with PEFT LoRA of rank 64 for SMoRA and of rank 8 for MoRE. At large widths the frozen layer hides everything in
 `total`, so both are given.
 
-"smora" is SMoRA in PyTorch alone, "smora native" with the native CPU kernel where there is a compiler.
+"smora" and "more8" are PyTorch alone, with "native" the native CPU kernel where there is a compiler.
 
     python examples/benchmarks/layer.py --tokens 512 4096 --width 768 2048 --dtype float32
 """
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from measure import in_turn, machine, peak_bytes, saved_bytes, write
+from measure import in_turn, machine, overheads, peak_bytes, saved_bytes, spread, write
 from rank_experts.ops import rank_experts_reference
 from variants import TASKS, PublishedSMoRA, layer, pytorch_or_native, step
 
-KINDS = ["base", "lora64", "smora", "smora native", "dense64", "lora8", "more8 one task", "more8 mixed"]
+KINDS = ["base", "lora64", "smora", "smora native", "dense64", "lora8"]
+KINDS += [f"more8 {tasks}{kernel}" for tasks in ("one task", "mixed") for kernel in ("", " native")]
 
 
 def check(d: int, dtype: torch.dtype) -> None:
@@ -38,7 +39,14 @@ def check(d: int, dtype: torch.dtype) -> None:
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
-def measure(num_tokens: int, d: int, dtype: torch.dtype, repeats: int, clock: str, published: bool) -> dict[str, Any]:
+def reference(kind: str) -> str:
+    """Return what a kind is compared with."""
+    return "lora8" if kind.startswith("more8") else "lora64"
+
+
+def measure(
+    num_tokens: int, d: int, dtype: torch.dtype, repeats: int, seconds: float, clock: str, published: bool
+) -> dict[str, Any]:
     """Measure all kinds at one size."""
     x = torch.randn(num_tokens, d, dtype=dtype, requires_grad=True)
     dy = torch.randn(num_tokens, d, dtype=dtype)
@@ -47,23 +55,17 @@ def measure(num_tokens: int, d: int, dtype: torch.dtype, repeats: int, clock: st
     for kind in kinds:
         layers[kind] = module = layer(kind.split()[0], d, dtype).train()
         mixed = torch.arange(min(num_tokens, 4)) % len(TASKS)
-        tasks = {"more8 one task": TASKS[1], "more8 mixed": mixed}.get(kind)
-        shaped = (num_tokens // len(mixed), len(mixed)) if kind == "more8 mixed" else None
-        if shaped and num_tokens % len(mixed) == 0:
-            view, dview = x.view(len(mixed), -1, d), dy.view(len(mixed), -1, d)
-            view = view.detach().requires_grad_()
-            runs[kind] = step(module, view, dview, tasks)
+        if kind.startswith("more8 mixed"):
+            view = x.view(len(mixed), -1, d).detach().requires_grad_()
+            run = step(module, view, dy.view(view.shape), mixed)
         else:
             run = step(module, x, dy, TASKS[1] if kind.startswith("more8") else None)
-            runs[kind] = pytorch_or_native(kind, run)
-    times = in_turn(runs, repeats, clock, warm_up=2)
-    row: dict[str, Any] = {"tokens": num_tokens, "width": d, "dtype": str(dtype).removeprefix("torch."), "times": times}
-    base = times["base"]["median_ms"]
-    row["overhead"], row["total"] = {}, {}
-    for kind in kinds:
-        lora = times["lora8" if kind.startswith("more8") else "lora64"]["median_ms"]
-        row["overhead"][kind] = round((times[kind]["median_ms"] - base) / (lora - base), 3)
-        row["total"][kind] = round(times[kind]["median_ms"] / lora, 3)
+        runs[kind] = pytorch_or_native(kind, run)
+    times = in_turn(runs, repeats, clock, warm_up=2, seconds=seconds, seldom=["published"])
+    row: dict[str, Any] = {"tokens": num_tokens, "width": d, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {"rounds": len(times["base"]), "times": spread(times)}
+    row["overhead"] = overheads(times, reference)
+    row["total"] = overheads(times, reference, base=None)
     row["peak_bytes"] = {kind: peak_bytes(runs[kind]) for kind in kinds}
     row["saved_bytes"] = {
         kind: saved_bytes(lambda kind=kind: layers[kind](x), [x, *layers[kind].parameters()])
@@ -76,10 +78,11 @@ def measure(num_tokens: int, d: int, dtype: torch.dtype, repeats: int, clock: st
 def main() -> None:
     """Read the arguments, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512, 4096, 16384])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512, 4096, 16384], help="multiples of 4, or 1")
     parser.add_argument("--width", type=int, nargs="+", default=[768, 2048, 4096])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15, help="rounds of each size, at least")
+    parser.add_argument("--seconds", type=float, default=15, help="go on with a size for so long, 200 rounds at most")
     parser.add_argument("--limit", type=int, default=2**34, help="leave out sizes with more tokens × width²")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
@@ -93,10 +96,11 @@ def main() -> None:
             continue
         dtype = getattr(torch, dtype_name)
         check(d, dtype)
-        row = measure(num_tokens, d, dtype, args.repeats, args.clock, num_tokens <= args.published_up_to)
+        published = num_tokens <= args.published_up_to
+        row = measure(num_tokens, d, dtype, args.repeats, args.seconds, args.clock, published)
         rows.append(row)
-        shown = {kind: value for kind, value in row["overhead"].items() if kind not in ("base", "lora64", "lora8")}
-        print(num_tokens, d, dtype_name, "overhead", shown, "total smora", row["total"]["smora"], flush=True)
+        shown = {k: v for k, v in row["overhead"]["range"].items() if k not in ("base", "lora64", "lora8")}
+        print(num_tokens, d, dtype_name, row["rounds"], "rounds, overhead", shown, flush=True)
     write(args.name, machine(args.threads, args.clock), rows)
 
 

@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from measure import in_turn, machine, write
+from measure import Rounds, in_turn, machine, overheads, spread, write
 from rank_experts import RankExpertConfig, inject_rank_experts
 
 IMPORTS = {"peft": "import peft", "rank_experts": "import peft, rank_experts"}
@@ -73,13 +73,13 @@ def import_seconds(statement: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def importing(repeats: int) -> dict[str, float]:
-    """Return the median seconds of each statement, in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
+def importing(repeats: int) -> Rounds:
+    """Return the milliseconds of each statement, in turn."""
+    found: Rounds = {name: [] for name in IMPORTS}
     for _ in range(repeats):
         for name, statement in IMPORTS.items():
-            seconds[name].append(import_seconds(statement))
-    return {name: round(sorted(values)[len(values) // 2], 3) for name, values in seconds.items()}
+            found[name].append(1e3 * import_seconds(statement))
+    return found
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--name", default="loading")
@@ -95,8 +95,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     kinds = ["lora64", "smora", "inject_rank_experts"]
     size = {"layers": args.layers, "hidden": args.hidden}
-    rows: list[dict[str, Any]] = [{"of": "import", "seconds": importing(args.repeats)}]
-    print(rows[-1], flush=True)
+    times = importing(min(args.repeats, 5))  # each takes seconds
+    total = overheads(times, lambda kind: "peft", base=None)
+    rows: list[dict[str, Any]] = [{"of": "importing", "times": spread(times), "total": total}]
+    print("importing", total["range"], flush=True)
 
     # The base is made anew for each run, outside of the clock: adapting changes it.
     def adapting(kind: str) -> Callable[[], None]:
@@ -104,8 +106,9 @@ def main() -> None:
         return lambda: (inject(kind, models.pop()), None)[1]
 
     times = in_turn({kind: adapting(kind) for kind in kinds}, args.repeats, args.clock, warm_up=1)
-    rows.append({"of": "adapting", **size, "times": times})
-    print("adapting", {name: value["median_ms"] for name, value in times.items()}, flush=True)
+    total = overheads(times, lambda kind: "lora64", base=None)
+    rows.append({"of": "adapting", **size, "times": spread(times), "total": total})
+    print("adapting", total["range"], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         loads = {}
         for kind in kinds[:2]:
@@ -118,8 +121,9 @@ def main() -> None:
             loads[kind] = load
         sizes = {kind: sum(file.stat().st_size for file in (Path(folder) / kind).iterdir()) for kind in loads}
         times = in_turn(loads, args.repeats, args.clock, warm_up=1)
-    rows.append({"of": "loading", **size, "times": times, "bytes": sizes})
-    print("loading", {name: value["median_ms"] for name, value in times.items()}, sizes, flush=True)
+    total = overheads(times, lambda kind: "lora64", base=None)
+    rows.append({"of": "loading", **size, "times": spread(times), "total": total, "bytes": sizes})
+    print("loading", total["range"], sizes, flush=True)
     write(args.name, machine(args.threads, args.clock), rows)
 
 

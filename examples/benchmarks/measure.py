@@ -1,4 +1,4 @@
-"""How the benchmarks measure: variants in turn, medians with spread, bytes, and what machine it was.
+"""How the benchmarks measure: variants in turn, medians with their range, bytes, and what machine it was.
 
 Run the benchmarks with the allocator settings of `make bench`: glibc maps tensors of 32 MiB and more anew each time,
 which costs more than what is measured.
@@ -7,53 +7,102 @@ which costs more than what is measured.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+MOST_ROUNDS = 200
+Rounds = dict[str, list[float]]
 ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 def in_turn(
-    variants: dict[str, Callable[[], Any]], repeats: int, clock: str = "wall", warm_up: int = 3
-) -> dict[str, dict[str, float]]:
+    variants: dict[str, Callable[[], Any]],
+    repeats: int,
+    clock: str = "wall",
+    warm_up: int = 3,
+    seconds: float = 0.0,
+    seldom: Collection[str] = (),
+) -> Rounds:
     """Time variants A B C A B C …, so that whatever drifts on the machine drifts for all of them.
 
     Args:
         variants: Name to what is timed.
-        repeats: How often each.
+        repeats: At least so many rounds.
         clock: "wall", or "cpu": the calling thread's own time, for a machine that others use too (one thread only).
-        warm_up: Runs of each before.
+        warm_up: Rounds before.
+        seconds: Go on for so long, up to `MOST_ROUNDS`.
+        seldom: Variants that take long and need no close look: run in every fourth round.
 
     Returns:
-        Name to median and quartiles in milliseconds.
+        Name to the milliseconds of each round, NaN where the variant did not run.
     """
     now = CLOCKS[clock]
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(warm_up + repeats):
+    times: Rounds = {name: [] for name in variants}
+    begin, turn = time.perf_counter(), -warm_up
+    while turn < repeats or (turn < MOST_ROUNDS and time.perf_counter() - begin < seconds):
         for name, run in variants.items():
-            start = now()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn >= warm_up:
-                times[name].append((now() - start) * 1e3)
-    return {name: _spread(values) for name, values in times.items()}
+            if name in seldom and turn % 4 and turn != -1:
+                spent = math.nan
+            else:
+                start = now()
+                run()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                spent = (now() - start) * 1e3
+            if turn >= 0:
+                times[name].append(spent)
+        turn += 1
+    return times
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median_ms": round(middle, 4), "low_ms": round(low, 4), "high_ms": round(high, 4)}
+def spread(times: Rounds) -> dict[str, dict[str, float]]:
+    """Return each variant's median and quartiles in milliseconds."""
+    found = {}
+    for name, values in times.items():
+        low, middle, high = np.nanquantile(values, [0.25, 0.5, 0.75]).tolist()
+        found[name] = {"median_ms": round(middle, 4), "low_ms": round(low, 4), "high_ms": round(high, 4)}
+    return found
+
+
+def overheads(times: Rounds, against: Callable[[str], str], base: str | None = "base") -> dict[str, Any]:
+    """Return (variant − base) / (reference − base) for each variant, by the medians of the rounds' differences.
+
+    Differences within a round leave out what changes on the machine from round to round, which is more than what an
+    adapter costs where the frozen layer takes most of the time.
+
+    Args:
+        times: From `in_turn`.
+        against: Gives a variant's reference.
+        base: What is subtracted; None: nothing, so that it is the total.
+
+    Returns:
+        "value": name to the ratio; "range": name to the interval that holds it in 90 of 100 draws of as many rounds
+        from those that were measured (percentile bootstrap).
+    """
+    found: dict[str, Any] = {"value": {}, "range": {}}
+    for name in times:
+        columns = [times[name], times[against(name)], times[base] if base else np.zeros(len(times[name]))]
+        ran = np.stack(columns)[:, ~np.isnan(times[name])]
+        variant, reference = ran[0] - ran[2], ran[1] - ran[2]
+        draws = np.random.default_rng(0).integers(len(variant), size=(2000, len(variant)))
+        with np.errstate(divide="ignore", invalid="ignore"):  # The base against itself.
+            value = np.median(variant) / np.median(reference)
+            drawn = np.median(variant[draws], 1) / np.median(reference[draws], 1)
+        found["value"][name] = round(float(value), 3)
+        found["range"][name] = [round(float(edge), 3) for edge in np.quantile(drawn, [0.05, 0.95])]
+    return found
 
 
 def saved_bytes(run: Callable[[], torch.Tensor], known: list[torch.Tensor]) -> int:
@@ -74,8 +123,15 @@ def saved_bytes(run: Callable[[], torch.Tensor], known: list[torch.Tensor]) -> i
     return sum(found.values())
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return by how many bytes a run on the CPU raises what PyTorch has allocated, at its highest."""
+def peak_bytes(run: Callable[[], Any], repeats: int = 5) -> int:
+    """Return by how many bytes a run on the CPU raises what PyTorch has allocated, at its highest.
+
+    The median of some runs: now and then the profiler loses an event.
+    """
+    return int(np.median([_peak_of_one_run(run) for _ in range(repeats)]))
+
+
+def _peak_of_one_run(run: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -109,8 +165,9 @@ def machine(threads: int, clock: str) -> dict[str, Any]:
 
 
 def write(name: str, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write docs/results/<name>.json."""
+    """Write docs/results/<name>.json, a row a line."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"{name}.json"
-    target.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    target.write_text(f'{{"machine": {json.dumps(described, indent=1)},\n"rows": [\n{lines}\n]}}\n')
     print(f"wrote {target}")

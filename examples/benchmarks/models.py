@@ -14,7 +14,7 @@ from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.model import adapted_layers
 from variants import TASKS, PublishedSMoRA, choose_ranks
 
-VARIANTS = ["base", "lora64", "lora8", "smora", "smora native", "more8", "xlora", "published"]
+VARIANTS = ["base", "lora64", "lora8", "smora", "smora native", "more8", "more8 native", "xlora", "published"]
 """X-LoRA: eight LoRA of rank 8, all trained, and PEFT's classifier, which reads a pass of the model of its own."""
 
 
@@ -59,10 +59,10 @@ def adapt(model: nn.Module, variant: str) -> nn.Module:
     if variant == "xlora":
         return _xlora(model)
     common = dict(target_modules="all-linear", init_weights=False)
-    ours = RankExpertConfig.more(tasks=TASKS, **common) if variant == "more8" else RankExpertConfig.smora(**common)
+    ours = RankExpertConfig.more(tasks=TASKS, **common) if "more8" in variant else RankExpertConfig.smora(**common)
     inject_rank_experts(model, ours, autocast_adapter_dtype=False)
     for path, layer in list(adapted_layers(model)):
-        if variant == "more8":
+        if "more8" in variant:
             choose_ranks(layer.rank_expert_router["default"], [2, 5, 8])
         elif variant == "published":
             model.set_submodule(path, PublishedSMoRA(layer))

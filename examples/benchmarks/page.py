@@ -19,7 +19,8 @@ from goals import verdicts
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 START, END = "<!-- tables: written by examples/benchmarks/page.py -->", "<!-- end of tables -->"
 RESULTS = ["layer", "training_step", "decode", "compiled", "shared", "growth", "loading"]
-KINDS = ["smora", "smora native", "dense64", "more8 one task", "more8 mixed", "published"]
+KINDS = ["smora", "smora native", "dense64", "published"]
+TASK_KINDS = ["more8 one task", "more8 one task native", "more8 mixed", "more8 mixed native"]
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -34,15 +35,24 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def ratio(found: dict[str, Any], kind: str) -> str:
+    """Write a ratio with its range."""
+    if kind not in found["value"]:
+        return ""
+    low, high = found["range"][kind]
+    return f"{found['value'][kind]:.2f} ({low:.2f} – {high:.2f})"
+
+
 def layers(result: dict[str, Any]) -> str:
-    """Write one table of time and one of memory."""
-    times, memory = [], []
+    """Write tables of time and memory."""
+    times, task_times, memory = [], [], []
     for row in result["rows"]:
         size = [row["tokens"], row["width"], row["dtype"]]
         spread = row["times"]["smora"]
         milliseconds = f"{spread['median_ms']:.2f} ({spread['low_ms']:.2f} – {spread['high_ms']:.2f})"
-        overheads = [row["overhead"].get(kind, "") for kind in KINDS]
-        times.append([*size, *overheads, row["total"]["smora"], milliseconds])
+        total = ratio(row["total"], "smora")
+        times.append([*size, row["rounds"], *(ratio(row["overhead"], kind) for kind in KINDS), total, milliseconds])
+        task_times.append([*size, *(ratio(row["overhead"], kind) for kind in TASK_KINDS)])
         peak, saved = row["peak_bytes"], row["saved_bytes"]
         peaks = [round(peak["smora"] / peak["lora64"], 2), round(peak["more8 one task"] / peak["lora8"], 2)]
         published = round(saved["published"] / saved["smora"]) if "published" in saved else ""
@@ -50,8 +60,11 @@ def layers(result: dict[str, Any]) -> str:
     size = ["tokens", "width", "dtype"]
     return "\n\n".join(
         [
-            "### One layer, time\n\nOverhead by kind, the total of SMoRA, and its time with quartiles.",
-            table([*size, *KINDS, "total, smora", "smora, ms"], times),
+            "### One layer, time\n\nOverhead by kind and the total of SMoRA, each with its range, and its time with "
+            "quartiles.",
+            table([*size, "rounds", *KINDS, "total, smora", "smora, ms"], times),
+            "The task gate's overhead, over LoRA r = 8's.",
+            table([*size, *TASK_KINDS], task_times),
             "### One layer, memory\n\nPeak of a step and bytes saved for backward beyond the input, relative to LoRA's "
             "of the same rank; the last column: the published algorithm's relative to ours.",
             table([*size, "peak, smora", "peak, more8 one task", "saved, smora", "published / ours"], memory),
@@ -63,7 +76,9 @@ def whole(rows: list[dict[str, Any]], title: str, keys: list[str], unit: str) ->
     """Write a table of whole models."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["times"]))
     cells = [[*(row[key] for key in keys), *(_rate(row, kind) for kind in kinds)] for row in rows]
-    return f"### {title}\n\n{unit}\n\n" + table([*keys, *kinds], cells)
+    totals = [[*(row[key] for key in keys), *(ratio(row["total"], kind) for kind in kinds)] for row in rows]
+    parts = [f"### {title}", unit, table([*keys, *kinds], cells), "Time over that of LoRA r = 64, with its range."]
+    return "\n\n".join([*parts, table([*keys, *kinds], totals)])
 
 
 def _rate(row: dict[str, Any], kind: str) -> Any:
@@ -74,9 +89,9 @@ def _rate(row: dict[str, Any], kind: str) -> Any:
 
 def overheads(rows: list[dict[str, Any]], title: str, text: str) -> str:
     """Write a table of overheads by kind."""
-    kinds = [kind for kind in rows[0]["overhead"] if kind not in ("base", "lora64")]
+    kinds = [kind for kind in rows[0]["overhead"]["value"] if kind not in ("base", "lora64")]
     cells = [
-        [row["tokens"], row["width"], row["dtype"], *(row["overhead"].get(kind, "") for kind in kinds)] for row in rows
+        [row["tokens"], row["width"], row["dtype"], *(ratio(row["overhead"], kind) for kind in kinds)] for row in rows
     ]
     return f"### {title}\n\n{text}\n\n" + table(["tokens", "width", "dtype", *kinds], cells)
 
@@ -95,14 +110,14 @@ def growth(rows: list[dict[str, Any]]) -> str:
 
 def loading(rows: list[dict[str, Any]]) -> str:
     """Write a table of seconds."""
-    cells = []
-    for row in rows:
-        if row["of"] == "import":
-            cells += [[f"import {name}", value] for name, value in row["seconds"].items()]
-        else:
-            cells += [[f"{row['of']}, {kind}", round(v["median_ms"] / 1e3, 2)] for kind, v in row["times"].items()]
-    text = "Seconds; adapters on every linear layer of a model of 7-billion-parameter shape on the meta device."
-    return f"### Importing, adapting, loading\n\n{text}\n\n" + table(["what", "seconds"], cells)
+    cells = [
+        [f"{row['of']}, {kind}", round(found["median_ms"] / 1e3, 2), ratio(row["total"], kind)]
+        for row in rows
+        for kind, found in row["times"].items()
+    ]
+    text = "Adapters on every linear layer of a model of 7-billion-parameter shape on the meta device; importing in "
+    text += "processor seconds. The ratio is to PEFT's."
+    return f"### Importing, adapting, loading\n\n{text}\n\n" + table(["what", "seconds", "ratio"], cells)
 
 
 def plot(result: dict[str, Any]) -> None:
@@ -110,12 +125,14 @@ def plot(result: dict[str, Any]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "rank_experts"  # The same results give the same file.
     figure, axes = pyplot.subplots(figsize=(7, 4))
     sizes = sorted({(row["width"], row["dtype"]) for row in result["rows"]})
-    for width, dtype in sizes:
+    for number, (width, dtype) in enumerate(sizes):
         rows = [row for row in result["rows"] if (row["width"], row["dtype"]) == (width, dtype)]
-        points = [(row["tokens"], row["overhead"]["smora"]) for row in rows]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"d = {width}, {dtype}")
+        for kind, style in (("smora", "-"), ("smora native", "--")):
+            points = [(row["tokens"], row["overhead"]["value"][kind]) for row in rows]
+            described = {"color": f"C{number}", "linestyle": style, "marker": "o"}
+            axes.plot(*zip(*points, strict=True), label=f"d = {width}, {dtype}" if style == "-" else None, **described)
     axes.axhline(1, color="grey", linewidth=1)
-    axes.set(xscale="log", xlabel="tokens", ylabel="overhead of SMoRA, PEFT LoRA r=64 is 1")
+    axes.set(xscale="log", xlabel="tokens", ylabel="overhead of SMoRA (dashed: native kernel), PEFT LoRA r=64 is 1")
     axes.legend()
     figure.tight_layout()
     figure.savefig(DOCS / "results" / "overhead.svg", metadata={"Date": None})

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from measure import in_turn, machine, write
+from measure import in_turn, machine, overheads, spread, write
 from rank_experts import RankExpertConfig, inject_rank_experts
 from variants import pytorch_or_native, step
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--width", type=int, nargs="+", default=[768, 2048])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--name", default="shared")
@@ -68,12 +68,11 @@ def main() -> None:
         dtype = getattr(torch, dtype_name)
         x, dy = torch.randn(num_tokens, d, dtype=dtype, requires_grad=True), torch.randn(num_tokens, d, dtype=dtype)
         runs = {kind: pytorch_or_native(kind, step(variant(kind, d, dtype).train(), x, dy)) for kind in KINDS}
-        times = in_turn(runs, args.repeats, args.clock)
-        base, lora = (times[kind]["median_ms"] for kind in ("base", "lora64"))
-        overhead = {name: round((value["median_ms"] - base) / (lora - base), 3) for name, value in times.items()}
+        times = in_turn(runs, args.repeats, args.clock, seconds=8)
+        overhead = overheads(times, lambda kind: "lora64")
         row = {"tokens": num_tokens, "width": d, "dtype": dtype_name}
-        rows.append({**row, "times": times, "overhead": overhead})
-        print(*row.values(), "overhead", overhead, flush=True)
+        rows.append({**row, "times": spread(times), "overhead": overhead})
+        print(*row.values(), "overhead", overhead["range"], flush=True)
     write(args.name, machine(args.threads, args.clock), rows)
 
 

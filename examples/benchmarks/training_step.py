@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from measure import in_turn, machine, write
+from measure import in_turn, machine, overheads, spread, write
 from models import VARIANTS, adapt, base_model
 from rank_experts import update_router_bias
 from variants import pytorch_or_native
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--name", default="training_step")
@@ -62,13 +62,14 @@ def main() -> None:
             for variant in (each for each in args.variants if each != "xlora" or shape == "llama"):
                 model = adapt(base_model(shape, args.hidden, layers, getattr(torch, args.dtype)), variant).train()
                 inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
-                if variant == "more8":
+                if variant.startswith("more8"):
                     inputs["task_ids"] = torch.arange(args.batch) % 3
                 runs[variant] = pytorch_or_native(variant, training_step(model, inputs, variant))
-            times = in_turn(runs, args.repeats, args.clock, warm_up=1)
+            times = in_turn(runs, args.repeats, args.clock, warm_up=1, seldom=["xlora", "published"])
             row = {name: getattr(args, name) for name in ("hidden", "batch", "length", "dtype")}
-            rows.append({"shape": shape, "layers": layers, **row, "times": times})
-            print(shape, layers, {name: value["median_ms"] for name, value in times.items()}, flush=True)
+            total = overheads(times, lambda variant: "lora64", base=None)
+            rows.append({"shape": shape, "layers": layers, **row, "times": spread(times), "total": total})
+            print(shape, layers, "total", total["range"], flush=True)
     write(args.name, machine(args.threads, args.clock), rows)
 
 

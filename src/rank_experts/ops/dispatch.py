@@ -196,6 +196,8 @@ def load_of_output(y: Tensor, indices: Tensor, num_experts: int, mask: Tensor | 
     traced = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
     if not traced and (load := native.count_load(y, indices, num_experts, mask)) is not None:
         return load
+    if not traced and y.is_cuda and type(y) in _PLAIN and num_experts <= 256 and (kernels := triton_kernels()):
+        return kernels.count_load(y, indices, num_experts, mask)
     valid = ~y.detach().reshape(-1, y.shape[-1])[:, 0].isnan()
     return expert_load(indices, num_experts, valid if mask is None else mask & valid)
 

@@ -60,8 +60,8 @@ class Chosen(NamedTuple):
 def select(keys: Tensor, top_k: int) -> Tensor:
     """Return what `routing.select_experts` returns, faster.
 
-    `torch.topk` orders equals arbitrarily, which does not matter where there are none. Else float32 keys and the
-    experts' numbers are packed into one int64, so that it has no choice.
+    `torch.topk` orders equals arbitrarily, which does not matter where there are none. For the tokens that have some,
+    float32 keys and the experts' numbers are packed into one int64, so that it has no choice.
 
     Args:
         keys: (N, E) float32 or float64.
@@ -76,15 +76,22 @@ def select(keys: Tensor, top_k: int) -> Tensor:
     """
     if keys.dtype != torch.float32 or len(keys) <= _FEW_TOKENS:
         return torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :top_k]
-    num_experts = keys.shape[-1]
-    if keys.device.type == "cpu":  # An accelerator would have to be waited for.
-        values, indices = keys.topk(min(top_k + 1, num_experts), dim=-1)
-        if bool((values[:, :-1] > values[:, 1:]).all()):
-            return indices[:, :top_k]
+    if keys.device.type != "cpu":  # An accelerator would have to be waited for.
+        return _select_packed(keys, top_k)
+    values, indices = keys.topk(min(top_k + 1, keys.shape[-1]), dim=-1)
+    chosen, ordered = indices[:, :top_k], (values[:, :-1] > values[:, 1:]).all(-1)
+    if not bool(ordered.all()):
+        rows = ordered.logical_not_().nonzero().squeeze(-1)
+        chosen[rows] = _select_packed(keys[rows], top_k)
+    return chosen
+
+
+def _select_packed(keys: Tensor, top_k: int) -> Tensor:
     # A NaN of either sign becomes the positive one, and −0 becomes 0, as a comparison of floats has it.
     bits = torch.where(keys.isnan(), torch.nan, keys + 0.0).view(torch.int32)
     # Two's complement orders negative floats backwards: flip all but their sign.
     bits = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    num_experts = keys.shape[-1]
     later_first = torch.arange(num_experts - 1, -1, -1, device=keys.device)
     packed = torch.add(later_first, bits.long(), alpha=num_experts)
     return packed.topk(top_k, dim=-1).indices
@@ -92,7 +99,7 @@ def select(keys: Tensor, top_k: int) -> Tensor:
 
 def selection_keys(logits: Tensor, balance_bias: Tensor, spec: GateSpec) -> Tensor:
     """Return (N, E) what the choice is made by: score + b ("softmax": z + b)."""
-    return (logits.sigmoid() if spec.score_function == "sigmoid" else logits) + balance_bias
+    return logits.sigmoid().add_(balance_bias) if spec.score_function == "sigmoid" else logits + balance_bias
 
 
 def forward(logits: Tensor, projection: Tensor, balance_bias: Tensor, spec: GateSpec) -> tuple[Tensor, Tensor, Chosen]:

@@ -60,6 +60,23 @@ inline void select_in_registers(const float *keys, int64_t num_experts, int64_t 
 
 #endif
 
+// float16, for log-scores: no lower than float16 goes. Only where `rank_experts_halves` says so.
+inline uint16_t half([[maybe_unused]] float value) {
+#ifdef __F16C__
+    return uint16_t(_cvtss_sh(value < -6e4f ? -6e4f : value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    return 0;
+#endif
+}
+
+inline float widen_half([[maybe_unused]] uint16_t value) {
+#ifdef __F16C__
+    return _cvtsh_ss(value);
+#else
+    return 0;
+#endif
+}
+
 struct Gate {
     int64_t num_experts, top_k, sigmoid, biased;
     float factor;  // k · s
@@ -445,6 +462,15 @@ void rank_experts_decode(const DecodeCall *arguments) {
 
 int64_t rank_experts_columns() { return COLUMNS; }
 
+// Whether the processor turns float16 into float32 and back.
+int64_t rank_experts_halves() {
+#ifdef __F16C__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // load[e] += how many tokens chose expert e, of those that count: mask (N) may be null, and y (N, d_out), of bfloat16
 // where `narrow`, holds no NaN in its first number.
 void rank_experts_count(int64_t num_tokens, int64_t d_out, int64_t top_k, int64_t narrow, const int64_t *indices,
@@ -458,10 +484,12 @@ void rank_experts_count(int64_t num_tokens, int64_t d_out, int64_t top_k, int64_
     });
 }
 
+// values (N, k) and projections (N, k · ρ) are kept for backward; as float16 and bfloat16 too where the pointers to those
+// are not null.
 // scratch: 4 bytes each of (⌈d_in / COLUMNS⌉ + ⌈d_out / COLUMNS⌉) · r · COLUMNS + N · k · ρ · 2 + threads · E · 2
 void rank_experts_forward(CALL, const void *x, const void *A, const void *B, const float *logits, int64_t logits_stride,
                           const float *keys, const float *bias, void *y, int64_t *indices, void *narrow, float *values,
-                          float *projections, float *scratch) {
+                          float *projections, uint16_t *half_values, bfloat16 *narrow_projections, float *scratch) {
     const Call s = CALLED;
     const Gate gate = gate_of(s);
     const Tensor tensor_x = s.tensor(x, 16), tensor_y = s.tensor(y, 32);
@@ -502,6 +530,8 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
                 dots(src + t * COLUMNS, s.d_in, width_of(t, s.d_in), first, last, rows, m, m, packed_A + t * step,
                      projections);
             });
+        for (int64_t i = first * k; half_values && i < last * k; i++) half_values[i] = half(values[i]);
+        for (int64_t i = first * m; narrow_projections && i < last * m; i++) put(narrow_projections + i, projections[i]);
         for (int64_t n = first; n < last; n++) {
             float *weights = u + n * m;  // k of them, spread over ρ ranks each from the last one on
             gate.weigh(values + n * k, weights);
@@ -521,9 +551,10 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
 // x is what the router read, dropped what A read where that is another tensor, else null. dx may hold the base layer's
 // share of the gradient; what it holds is lost where `fresh`. dA (r, d_in), dB (d_out, r), dweight (E, d_in), of their matrices' types, and the
 // gradients dx and ddropped are null where they are not needed; bias may be null unless the gate divides.
-// scratch: 4 bytes each of threads · (N · k · ρ + 2 · (r + E) · COLUMNS) + N · k · (3 · ρ + 2)
+// values are float16 where the flags have 512, projections bfloat16 where they have 1024.
+// scratch: 4 bytes each of threads · (N · k · ρ + 2 · (r + E) · COLUMNS) + N · k · (4 · ρ + 3)
 void rank_experts_backward(CALL, const void *dy, const void *x, const void *dropped, const void *A, const void *B,
-                           const void *weight, const void *narrow, const float *values, const float *projections,
+                           const void *weight, const void *narrow, const void *kept_values, const void *kept_projections,
                            const float *bias, void *dx, int64_t fresh, void *ddropped, void *dA, void *dB,
                            void *dweight, float *scratch) {
     const Call s = CALLED;
@@ -546,11 +577,19 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
     const int stride = together ? m + k : m, expert_stride = together ? m + k : k;
     float *expert_coefficients = coefficients + (together ? m : count);
     int32_t *expert_rows = rows + (together ? m : count);
+    float *const wide_values = (float *)(rows + count + s.num_tokens * k);
+    float *const wide_projections = wide_values + s.num_tokens * k;
+    const float *values = s.flags & 512 ? wide_values : (const float *)kept_values;
+    const float *projections = s.flags & 1024 ? wide_projections : (const float *)kept_projections;
 #pragma omp parallel num_threads(int(threads))
     {
         const int self = thread();
         int64_t first, last;
         split(s.num_tokens, self, int(threads), first, last);
+        for (int64_t i = first * k; s.flags & 512 && i < last * k; i++)
+            wide_values[i] = widen_half(((const uint16_t *)kept_values)[i]);
+        for (int64_t i = first * m; s.flags & 1024 && i < last * m; i++)
+            wide_projections[i] = widen(((const bfloat16 *)kept_projections)[i]);
         for (int64_t n = first; n < last; n++) {
             float *weights = u + n * m;
             gate.weigh(values + n * k, weights);

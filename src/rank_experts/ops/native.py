@@ -136,6 +136,10 @@ def token_forward(
     narrow = torch.empty(num_tokens, spec.top_k, dtype=_index_dtype(num_experts))
     values = torch.empty(num_tokens, spec.top_k)
     projections = torch.empty(num_tokens, spec.top_k * (num_ranks // num_experts))
+    # What is kept of them in 16 bits, the kernel writes on the way.
+    half = torch.float16 if _has_halves() and values_dtype(base.dtype, spec) is not None else None
+    half_values = None if half is None else torch.empty(values.shape, dtype=half)
+    narrow_projections = torch.empty(projections.shape, dtype=NARROW) if base.dtype is NARROW else None
     native = library()
     assert native is not None
     width = columns()
@@ -145,11 +149,15 @@ def token_forward(
         native.rank_experts_forward(
             *sizes, spec.top_k * spec.scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), logits.data_ptr(),
             num_experts, keys.data_ptr(), balance_bias.data_ptr(), y.data_ptr(), indices.data_ptr(), narrow.data_ptr(),
-            values.data_ptr(), projections.data_ptr(), scratch.data_ptr(),
+            values.data_ptr(), projections.data_ptr(), pointer(half_values), pointer(narrow_projections),
+            scratch.data_ptr(),
         )  # fmt: skip
-    if (kept := values_dtype(base.dtype, spec)) is not None:
+    if half_values is not None:
+        values = half_values
+    elif (kept := values_dtype(base.dtype, spec)) is not None:
         values = values.clamp_(min=-6e4).to(kept)
-    return y.to(dtype).view(shape), indices, Chosen(narrow, values, projections.to(base.dtype))
+    chosen = Chosen(narrow, values, projections if narrow_projections is None else narrow_projections)
+    return y.to(dtype).view(shape), indices, chosen
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -200,16 +208,19 @@ def token_backward(
     make = torch.empty if num_tokens else torch.zeros
     matrices = zip((A, B, weight), needed[3:6])
     dA, dB, dweight = (make(each.shape, dtype=each.dtype) if wanted else None for each, wanted in matrices)
-    values, projections = chosen.values.float(), chosen.projections.float()
+    values, projections = chosen.values, chosen.projections
+    if values.dtype == torch.float16 and not _has_halves():
+        values = values.float()
     flags = _flags(spec, num_experts, flat, source, dy, A, B, weight)
+    flags |= (values.dtype == torch.float16) << 9 | (projections.dtype is NARROW) << 10
     threads = torch.get_num_threads()
     native = library()
     assert native is not None
     width = columns()
     scratch = torch.empty(
         threads * (projections.numel() + 2 * (num_ranks + num_experts) * width)
-        + 3 * projections.numel()
-        + 2 * values.numel()
+        + 4 * projections.numel()
+        + 3 * values.numel()
     )
     if num_tokens:
         native.rank_experts_backward(
@@ -249,6 +260,11 @@ def count_load(y: Tensor, indices: Tensor, num_experts: int, mask: Tensor | None
 def columns() -> int:
     """Return how many numbers a tile of the kernel's has."""
     return library().rank_experts_columns()  # type: ignore[union-attr]
+
+
+@functools.cache
+def _has_halves() -> bool:
+    return bool(library().rank_experts_halves())  # type: ignore[union-attr]
 
 
 def _flags(spec: GateSpec, num_experts: int, *tensors: Tensor) -> int:

@@ -107,7 +107,7 @@ def _open(path: Path) -> ctypes.CDLL:
     loaded.rank_experts_logits.argtypes = [*[integer] * 4, *[pointer] * 4]
     loaded.rank_experts_logits.restype = integer
     loaded.rank_experts_decode.argtypes = [ctypes.c_char_p]
-    loaded.rank_experts_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 8]
+    loaded.rank_experts_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 10]
     loaded.rank_experts_backward.argtypes = [*common, *[pointer] * 11, integer, *[pointer] * 5]
     loaded.rank_experts_count.argtypes = [*[integer] * 4, *[pointer] * 4]
     loaded.rank_experts_given_forward.argtypes = [*common, *[pointer] * 4, integer, *[pointer] * 3]

@@ -14,7 +14,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -317,7 +317,7 @@ inline void split(int64_t count, int part, int parts, int64_t &first, int64_t &l
 }
 
 // What is the same for all calls. flags: 1 sigmoid, 2 biased, 4 the saved indices are bytes; bfloat16: 8 x, 16 the
-// dropped x, 32 y and dy, 64 A, 128 B, 256 W_g.
+// dropped x, 32 y and dy, 64 A, 128 B, 256 W_g, 1024 the kept projections; 512: the kept values are float16.
 struct Call {
     int64_t num_tokens, d_in, d_out, num_ranks, num_experts, top_k, flags, threads;
     double factor;  // k · s

@@ -1,8 +1,9 @@
 """The token gate between the two products as Triton kernels, with the signatures of `gate.py`.
 
-One launch each: select, weigh, save compactly and spread u; the gate's derivative; and for a few tokens without
-gradients, everything after x · [A; W_g]ᵀ. The products themselves stay with cuBLAS. A kernel holds a token's experts
-in one tile, ranks along its second axis: an expert's ρ ranks carry the same key, so that they are chosen together.
+One launch each: select, weigh, save compactly and spread u; the gate's derivative; the load's counts; and for a few
+tokens without gradients, everything after x · [A; W_g]ᵀ. The products themselves stay with cuBLAS. A kernel holds a
+token's experts in one tile, ranks along its second axis: an expert's ρ ranks carry the same key, so that they are
+chosen together.
 
 The choice is the maximum of int64 keys that hold the score's bits above the expert's number, k times; the lowest
 index wins ties and a NaN is the largest, as in `gate.select`. float32, bfloat16 and float16; r ≤ 256.
@@ -354,3 +355,40 @@ def decode(y: Tensor, logits: Tensor, projection: Tensor, balance_bias: Tensor, 
             BIASED=spec.biased_gates, BLOCK_R=triton.next_power_of_2(num_ranks), BLOCK_D=block_d,
         )  # fmt: skip
     return indices
+
+
+@triton.jit
+def _count_kernel(
+    indices_ptr, y_ptr, mask_ptr, load_ptr, num_tokens, num_experts, y_stride,
+    K: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    experts = tl.arange(0, BLOCK_E)
+    row_ok = rows < num_tokens
+    first = tl.load(y_ptr + rows * y_stride, mask=row_ok, other=0.0).to(tl.float32)
+    counts = row_ok & (first == first)
+    if MASKED:
+        counts = counts & (tl.load(mask_ptr + rows, mask=row_ok, other=0) != 0)
+    load = tl.zeros((BLOCK_E,), tl.float32)
+    for j in range(K):
+        expert = tl.load(indices_ptr + rows * K + j, mask=row_ok, other=0)
+        hit = (expert[:, None] == experts[None, :]) & counts[:, None]
+        load += tl.sum(hit.to(tl.float32), 0)
+    # Whole numbers: their sum does not depend on its order.
+    tl.atomic_add(load_ptr + experts, load, mask=experts < num_experts)
+
+
+def count_load(y: Tensor, indices: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
+    """Count as `dispatch.load_of_output`, in one launch beside that which makes the zeros."""
+    num_tokens, top_k = indices.shape
+    flat = y.detach().reshape(-1, y.shape[-1])
+    load = torch.zeros(num_experts, dtype=torch.float32, device=y.device)
+    block_e = triton.next_power_of_2(num_experts)
+    block_n = max(16, 8192 // block_e)
+    if num_tokens:
+        _count_kernel[(triton.cdiv(num_tokens, block_n),)](
+            indices.contiguous(), flat, indices if mask is None else mask.to(torch.uint8), load,
+            num_tokens, num_experts, flat.stride(0),
+            K=top_k, MASKED=mask is not None, BLOCK_N=block_n, BLOCK_E=block_e,
+        )  # fmt: skip
+    return load
