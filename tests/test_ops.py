@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from rank_experts import RankExpertConfig, inject_rank_experts
@@ -16,6 +18,7 @@ from rank_experts.layer import AdapterSettings, RankExpertLinear
 from rank_experts.ops import dispatch, native, native_given, rank_experts, rank_experts_reference
 from rank_experts.ops.gate import select
 from rank_experts.ops.native_build import library
+from rank_experts.ops.products import multiply
 from rank_experts.routing import TokenRouter, select_experts
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 8e-3}
@@ -260,6 +263,49 @@ def test_a_saturated_router_gives_finite_gates():
         ours, theirs = case.run(True)[1], case.run(False)[1]
         assert all(result.isfinite().all() for result in ours)
         torch.testing.assert_close(ours[0], theirs[0])
+
+
+class Seen(TorchDispatchMode):
+    """The operators that run, with the shapes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.calls.append((str(func), tuple(found.shape) if isinstance(found, torch.Tensor) else None))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_accelerator_multiplies_in_16_bits_and_adds_in_32(dtype):
+    with FakeTensorMode(), Seen() as seen:
+        x, A, weight = (torch.empty(rows, 64, dtype=dtype, device="cuda") for rows in (100, 8, 12))
+        projection, logits = multiply(x, [(A, dtype), (weight, torch.float32)])
+    assert (projection.dtype, projection.shape) == (dtype, (100, 8))
+    assert (logits.dtype, logits.shape) == (torch.float32, (100, 12))
+    assert [shape for name, shape in seen.calls if "mm" in name] == [(100, 20)]
+    assert not [name for name, shape in seen.calls if shape == (100, 64) and "empty" not in name]
+
+
+def test_a_float32_router_on_an_accelerator_is_not_rounded():
+    with FakeTensorMode(), Seen() as seen:
+        x, A = (torch.empty(rows, 64, dtype=torch.bfloat16, device="cuda") for rows in (100, 8))
+        weight = torch.empty(12, 64, device="cuda")
+        multiply(x, [(A, torch.bfloat16), (weight, torch.float32)])
+    assert [(name, shape) for name, shape in seen.calls if "mm" in name] == [
+        ("aten.mm.default", (100, 8)),
+        ("aten.mm.default", (100, 12)),
+    ]
+
+
+@pytest.mark.gpu
+def test_the_wide_product_is_exact_but_for_the_order_of_its_sum():
+    x, A, weight = (torch.randn(rows, 512, dtype=torch.bfloat16, device="cuda") for rows in (100, 8, 64))
+    _, logits = multiply(x, [(A, torch.bfloat16), (weight, torch.float32)])
+    exact = x.double() @ weight.double().t()
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
 
 
 def adapted(kind: str, d: int = 32, **kwargs) -> RankExpertLinear:

@@ -63,13 +63,11 @@ def token_forward(
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         if shared is not None:
             projection, logits = shared
-        elif dropped is None and dtype == base.dtype and len(flat) > _FEW_TOKENS:
-            both = flat.to(dtype) @ torch.cat([A.to(dtype), weight.to(dtype)]).t()
-            projection, logits = both.split([len(A), len(weight)], 1)
+        elif dropped is None and len(flat) > _FEW_TOKENS:
+            projection, logits = multiply(flat, [(A, base.dtype), (weight, dtype)])
         else:
             source = flat if dropped is None else dropped.reshape(flat.shape)
-            projection = source.to(base.dtype) @ A.to(base.dtype).t()
-            logits = flat.to(dtype) @ weight.to(dtype).t()
+            ((projection,), (logits,)) = multiply(source, [(A, base.dtype)]), multiply(flat, [(weight, dtype)])
         if not keep and len(flat) <= kernels.DECODE_TOKENS and base.in_place and y.is_contiguous():
             return y, kernels.decode(y.view(-1, len(B)), logits, projection, balance_bias, B, spec), ()
         u, indices, chosen = kernels.forward(logits, projection, balance_bias, spec)
@@ -241,6 +239,44 @@ def _weight_gradients(
 
 def _product(gradient: Tensor, x: Tensor, parameter: Tensor, base: Base) -> Tensor:
     return (gradient.t() @ x.reshape(-1, x.shape[-1]).to(base.dtype)).to(parameter.dtype)
+
+
+def multiply(x: Tensor, matrices: Sequence[tuple[Tensor, torch.dtype]]) -> list[Tensor]:
+    """Return x · Wᵀ (N, rows) for several matrices W (rows, d_in), each in the dtype that stands beside it.
+
+    As few products as there are dtypes. On an accelerator that returns what it adds up, float32, from 16-bit numbers,
+    whose products are exact in it, it is one, and x is not cast.
+
+    Args:
+        x: (N, d_in).
+        matrices: W, and the dtype to compute in, no narrower than the router needs.
+    """
+    found: dict[int, Tensor] = {}
+    dtypes = [dtype for _, dtype in matrices]
+    if _returns_wide(x, matrices):
+        product = torch.mm(x, _stacked([matrix for matrix, _ in matrices]).t(), out_dtype=torch.float32)
+        parts = product.split([len(matrix) for matrix, _ in matrices], 1)
+        return [part.to(dtype) for part, dtype in zip(parts, dtypes)]
+    for dtype in dict.fromkeys(dtypes):
+        own = [i for i, each in enumerate(dtypes) if each == dtype]
+        product = x.to(dtype) @ _stacked([matrices[i][0].to(dtype) for i in own]).t()
+        found |= zip(own, product.split([len(matrices[i][0]) for i in own], 1))
+    return [found[i] for i in range(len(matrices))]
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+def _returns_wide(x: Tensor, matrices: Sequence[tuple[Tensor, torch.dtype]]) -> bool:
+    # Whether `torch.mm` has an `out_dtype` for these (PyTorch 2.8, CUDA), and one of them needs it.
+    kinds = {x.dtype, *(matrix.dtype for matrix, _ in matrices)}
+    return (
+        x.is_cuda
+        and kinds in ({torch.bfloat16}, {torch.float16})
+        and torch.float32 in (dtype for _, dtype in matrices)
+        and hasattr(torch.ops.aten.mm, "dtype")
+    )
 
 
 def gate_rows(gates: Tensor, projection: Tensor) -> Tensor:

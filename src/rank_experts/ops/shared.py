@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .products import no_autocast
+from .products import multiply, no_autocast
 
 
 class Reader(NamedTuple):
@@ -74,14 +74,8 @@ class Project(torch.autograd.Function):
         ctx.save_for_backward(x, *matrices)
         ctx.dtype = dtype
         ctx.set_materialize_grads(False)
-        found: dict[int, Tensor] = {}
         with no_autocast(x):
-            flat = x.reshape(-1, x.shape[-1])
-            for kind in dict.fromkeys(dtypes):
-                own = [i for i, each in enumerate(dtypes) if each == kind]
-                product = flat.to(kind) @ torch.cat([matrices[i].to(kind) for i in own]).t()
-                found |= zip(own, product.split([matrices[i].shape[0] for i in own], 1))
-        return tuple(found[i] for i in range(len(matrices)))
+            return tuple(multiply(x.reshape(-1, x.shape[-1]), list(zip(matrices, dtypes))))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
