@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format clean bench docs build release-check works-with compat fuzz
+.PHONY: help install demo test test-slow check format clean bench bench-gpu docs build release-check works-with compat fuzz
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,10 @@ bench: $(STAMP) ## measure layers, training steps, decoding and loading, in minu
 	$(BENCH)/growth.py
 	$(BENCH)/loading.py
 	$(BENCH)/page.py
+
+bench-gpu: ## measure layers on a GPU, with the python of the caller's choice; results go to docs/results
+	$(PYTHON) examples/benchmarks/gpu.py
+	$(PYTHON) examples/benchmarks/page.py
 
 # What mkdocstrings' parser has to say of a docstring does not count as a warning of the build's, so grep asks for it.
 docs: $(STAMP) ## build the documentation into site, warnings are errors; python3 -m http.server -d site shows it

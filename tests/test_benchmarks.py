@@ -99,6 +99,28 @@ def test_every_goal_is_judged_by_the_results(example):
     assert all("GPU" in what or "shared inputs" in what for what in unmeasured)
 
 
+def test_what_a_gpu_gave_is_judged_and_shown(example, tmp_path, monkeypatch):
+    gpu, goals, page = example("gpu"), example("goals"), example("page")
+    monkeypatch.setattr(example("measure"), "RESULTS", tmp_path)
+    sizes = ["--tokens", "64", "--batch", "1", "--width", "64", "--repeats", "3", "--seconds", "0", "--replays", "1"]
+    gpu.main(["--device", "cpu", "--eager", *sizes, "--name", "gpu"])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(row["of"], row["tokens"], row["rounds"]) for row in found["rows"]] == [
+        ("training", 64, 3),
+        ("shared inputs", 64, 3),
+        ("decoding", 1, 3),
+    ]
+    assert "| training | 64 | 64 | bfloat16 | True |" in page.gpu(found)
+
+    def judged() -> dict[str, str]:
+        return {what: measured for what, _, measured, _ in goals.verdicts({"gpu": found}) if "GPU" in what}
+
+    assert set(judged().values()) == {"not measured"}  # Of eager runs, and of this size, nothing is asked.
+    for row in found["rows"]:
+        row |= {"eager": False} | ({"tokens": 8192, "width": 4096} if row["of"] != "decoding" else {})
+    assert not [what for what, measured in judged().items() if measured == "not measured"]
+
+
 def test_results_are_written_a_row_a_line(example, tmp_path, monkeypatch):
     measure = example("measure")
     monkeypatch.setattr(measure, "RESULTS", tmp_path)

@@ -110,12 +110,19 @@ def speed(name: str, kind: str) -> Callable[[Results], Found]:
     )
 
 
-def nowhere(results: Results) -> Found:
-    """Read nothing: no machine to measure it on."""
-    return iter(())
+def on_gpu(of: str, kind: str, **wanted: Any) -> Callable[[Results], Found]:
+    """Read a kind's overhead from gpu.py's results, those of CUDA graphs."""
+
+    def found(results: Results) -> Found:
+        for row in _rows(results, "gpu"):
+            if row["of"] == of and not row["eager"] and all(row[key] == value for key, value in wanted.items()):
+                yield _ratio(f"{row['tokens']} tokens, d = {row['width']}, {row['dtype']}", row["overhead"], kind)
+
+    return found
 
 
 BOTH = ("float32", "bfloat16")
+LARGE = {"tokens": 8192, "width": 4096, "dtype": "bfloat16"}
 GOALS = [
     Goal("CPU float32, 512 tokens and more, d ≥ 2,048, PyTorch: overhead", 0.85, overhead("smora", low=2048)),
     Goal("the same with the native kernel", 0.85, overhead("smora native", low=2048)),
@@ -125,9 +132,9 @@ GOALS = [
     Goal("the same with the native kernel", 1.0, overhead("smora native", ("bfloat16",))),
     Goal("CPU decoding, PyTorch: tokens a second, over LoRA's", 1.0, speed("decode", "smora"), at_least=True),
     Goal("the same with the native kernel", 1.0, speed("decode", "smora native"), at_least=True),
-    Goal("GPU training, 8,192 tokens, d = 4,096, bfloat16: overhead", 0.6, nowhere),
-    Goal("the same with shared inputs", 0.4, nowhere),
-    Goal("GPU decoding in a CUDA graph: overhead", 0.5, nowhere),
+    Goal("GPU training, 8,192 tokens, d = 4,096, bfloat16: overhead", 0.6, on_gpu("training", "smora", **LARGE)),
+    Goal("the same with shared inputs", 0.4, on_gpu("shared inputs", "smora shared", **LARGE)),
+    Goal("GPU decoding in a CUDA graph: overhead", 0.5, on_gpu("decoding", "smora")),
     Goal("saved for backward beyond x, float32, over LoRA's", 0.28, memory("saved_bytes", "smora", "lora64")),
     Goal("the same in bfloat16", 0.28, memory("saved_bytes", "smora", "lora64", "bfloat16")),
     Goal("peak memory of a layer's step, float32, over LoRA's", 0.70, memory("peak_bytes", "smora", "lora64")),

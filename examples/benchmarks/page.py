@@ -18,7 +18,7 @@ from goals import verdicts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 START, END = "<!-- tables: written by examples/benchmarks/page.py -->", "<!-- end of tables -->"
-RESULTS = ["layer", "training_step", "decode", "compiled", "shared", "growth", "loading"]
+RESULTS = ["layer", "training_step", "decode", "compiled", "shared", "growth", "loading", "gpu"]
 KINDS = ["smora", "smora native", "dense64", "published"]
 TASK_KINDS = ["more8 one task", "more8 one task native", "more8 mixed", "more8 mixed native"]
 
@@ -96,6 +96,15 @@ def overheads(rows: list[dict[str, Any]], title: str, text: str) -> str:
     return f"### {title}\n\n{text}\n\n" + table(["tokens", "width", "dtype", *kinds], cells)
 
 
+def gpu(result: dict[str, Any]) -> str:
+    """Write a table of a GPU's overheads."""
+    kinds = list(dict.fromkeys(kind for row in result["rows"] for kind in row["overhead"]["value"]))
+    kinds = [kind for kind in kinds if kind not in ("base", "lora64")]
+    keys = ["of", "tokens", "width", "dtype", "eager"]
+    cells = [[*(row[key] for key in keys), *(ratio(row["overhead"], kind) for kind in kinds)] for row in result["rows"]]
+    return f"### On a GPU\n\nOverheads on {result['machine']['gpu']}.\n\n" + table([*keys, *kinds], cells)
+
+
 def growth(rows: list[dict[str, Any]]) -> str:
     """Write a table for each thing that the cost grows with."""
     parts = ["### How the cost grows\n\nMilliseconds a step, base included; with tokens and width: the first table."]
@@ -165,6 +174,8 @@ def main() -> None:
         parts.append(growth(rows["growth"]))
     if "loading" in rows:
         parts.append(loading(rows["loading"]))
+    if "gpu" in rows:
+        parts.append(gpu(results["gpu"]))
     plot(results["layer"])
     page = DOCS / "performance.md"
     text = page.read_text(encoding="utf-8")
