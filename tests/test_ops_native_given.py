@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -265,6 +270,43 @@ def test_two_runs_agree_in_every_bit_and_threads_in_most(gate, num_tokens):
     for first, second in ((runs[0], runs[1]), (runs[2], runs[3])):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert_close(runs[0], runs[2], TOLERANCE["float32"])
+
+
+FEWER_THREADS = """
+import sys
+import torch
+
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(3)
+from rank_experts.ops import native, native_build, rank_experts
+if {openmp!r} == "no":
+    native_build._openmp = lambda: None
+import test_ops_native as token
+import test_ops_native_given as given
+
+# With fewer threads than it asks for, PyTorch's own products of bfloat16 are wrong.
+for dtypes in ("float32", "bfloat16") if {openmp!r} == "no" else ("float32",):
+    token.assert_close(*token.both(*token.make("token", dtypes, (300, 160))), token.NARROW[dtypes])
+    base, x, A, B, router = token.make("token", dtypes, (8, 1600))
+    with torch.no_grad():
+        assert native.decode(base, x, A, B, router, 0.7) is not None
+        ours = rank_experts(base, x, A, B, router, scale=0.7)
+        token.assert_close(ours[:2], token.dispatch._reference(base, x, A, B, router, 0.7, None, None)[:2], 4e-2)
+    for gate in ("none", "task"):
+        given.assert_close(*given.both(*given.make(gate, dtypes, (4, 90, 150))), 10 * given.TOLERANCE[dtypes])
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "openmp"),
+    [({"OMP_THREAD_LIMIT": "1"}, "yes"), ({"OMP_DYNAMIC": "true"}, "yes"), ({}, "no")],
+    ids=["limited", "dynamic", "compiled without OpenMP"],
+)
+def test_fewer_threads_than_asked_for_do_all_of_the_work(env, openmp, tmp_path):
+    cache = {"XDG_CACHE_HOME": str(tmp_path)} if openmp == "no" else {}
+    script = FEWER_THREADS.format(tests=str(Path(__file__).parent), openmp=openmp)
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | env | cache, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def nodes_of(tensors):

@@ -311,9 +311,9 @@ void tiled_logits(int64_t num_tokens, int64_t d, int64_t num_experts, int thread
     const int64_t depth = d / TILE_DEPTH, expert_tiles = (num_experts + 31) / 32 * 2, stride = depth * 256;
 #pragma omp parallel num_threads(threads)
     {
-        const int self = thread();
+        const int self = thread(), team = team_size();
         // A tile of experts has pairs along the depth in rows, and experts in columns.
-        for (int64_t tile = self; tile < expert_tiles * depth; tile += threads) {
+        for (int64_t tile = self; tile < expert_tiles * depth; tile += team) {
             const int64_t expert = tile / depth * 16, t = tile % depth;
             for (int e = 0; e < 16; e++)
                 for (int pair = 0; pair < 16; pair++) {
@@ -332,7 +332,7 @@ void tiled_logits(int64_t num_tokens, int64_t d, int64_t num_experts, int thread
         alignas(64) float block[32 * 32];
         std::vector<bfloat16> rest;
 #pragma omp barrier
-        for (int64_t n = self * 32; n < num_tokens; n += threads * 32) {
+        for (int64_t n = self * 32; n < num_tokens; n += team * 32) {
             const int64_t count = num_tokens - n < 32 ? num_tokens - n : 32;
             const bfloat16 *source = x + n * d;
             if (count < 32) {
@@ -396,10 +396,10 @@ void rank_experts_decode(const DecodeCall *arguments) {
     else
         source = (const float *)s.x;
     // Waking threads costs some microseconds.
-    const int team = num_tokens * num_experts * d_in < 65536 ? 1 : int(s.threads);
-#pragma omp parallel num_threads(team) if (team > 1)
+    const int asked = num_tokens * num_experts * d_in < 65536 ? 1 : int(s.threads);
+#pragma omp parallel num_threads(asked) if (asked > 1)
     {
-        const int self = thread();
+        const int self = thread(), team = team_size();
         int64_t first, last;
         split(num_experts, self, team, first, last);
         s.tensor(s.weight, 256).typed([&](auto *matrix) {
@@ -502,12 +502,12 @@ void rank_experts_forward(CALL, const void *x, const void *A, const void *B, con
     int32_t *rows = (int32_t *)(u + s.num_tokens * m);
 #pragma omp parallel num_threads(int(threads))
     {
-        const int self = thread();
-        for (int64_t t = self; t < tiles_in; t += threads) pack(tensor_A, s.num_ranks, s.d_in, t, packed_A + t * step);
-        for (int64_t t = self; t < tiles_out; t += threads)
+        const int self = thread(), team = team_size();
+        for (int64_t t = self; t < tiles_in; t += team) pack(tensor_A, s.num_ranks, s.d_in, t, packed_A + t * step);
+        for (int64_t t = self; t < tiles_out; t += team)
             pack_transposed(tensor_B, s.num_ranks, s.num_ranks, s.d_out, t, packed_B + t * step);
         int64_t first, last;
-        split(s.num_tokens, self, int(threads), first, last);
+        split(s.num_tokens, self, team, first, last);
         gate.select(keys + first * s.num_experts, last - first, order + self * s.num_experts, indices + first * k);
         for (int64_t n = first; n < last; n++) {
             for (int j = 0; j < k; j++) {
@@ -583,9 +583,9 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
     const float *projections = s.flags & 1024 ? wide_projections : (const float *)kept_projections;
 #pragma omp parallel num_threads(int(threads))
     {
-        const int self = thread();
+        const int self = thread(), team = team_size();
         int64_t first, last;
-        split(s.num_tokens, self, int(threads), first, last);
+        split(s.num_tokens, self, team, first, last);
         for (int64_t i = first * k; s.flags & 512 && i < last * k; i++)
             wide_values[i] = widen_half(((const uint16_t *)kept_values)[i]);
         for (int64_t i = first * m; s.flags & 1024 && i < last * m; i++)
@@ -609,7 +609,7 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
         float *own = du + self * count, *tile = tiles + self * tile_size;
         std::memset(own, 0, count * sizeof(float));
 #pragma omp barrier
-        for (int64_t t = self; t < tiles_out; t += threads) {
+        for (int64_t t = self; t < tiles_out; t += team) {
             float *gradient = dB ? tile + s.num_ranks * COLUMNS : nullptr;
             int width = width_of(t, s.d_out);
             pack_transposed(tensor_B, s.num_ranks, s.num_ranks, s.d_out, t, tile);
@@ -633,7 +633,7 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
                 float product = 0;
                 for (int q = 0; q < rho; q++) {
                     int64_t place = n * m + j * rho + q;
-                    for (int part = 1; part < threads; part++) du[place] += du[part * count + place];
+                    for (int part = 1; part < team; part++) du[place] += du[part * count + place];
                     product += du[place] * projections[place];
                     coefficients[n * stride + j * rho + q] *= du[place];
                 }
@@ -656,7 +656,6 @@ void rank_experts_backward(CALL, const void *dy, const void *x, const void *drop
             }
         }
 #pragma omp barrier
-        const int team = int(threads);
         if (together) {
             backward_of_side(both, fresh, s.num_tokens, self, team, rows, m + k, coefficients, tile);
         } else {

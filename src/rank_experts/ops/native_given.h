@@ -50,12 +50,12 @@ void rank_experts_given_forward(CALL, const void *x, const void *A, const void *
     const Ranks ranks;
 #pragma omp parallel num_threads(int(threads))
     {
-        const int self = thread();
-        for (int64_t t = self; t < tiles_in; t += threads) pack(tensor_A, m, d_in, t, packed_A + t * step);
-        for (int64_t t = self; t < tiles_out; t += threads)
+        const int self = thread(), team = team_size();
+        for (int64_t t = self; t < tiles_in; t += team) pack(tensor_A, m, d_in, t, packed_A + t * step);
+        for (int64_t t = self; t < tiles_out; t += team)
             pack_transposed(tensor_B, m, num_ranks, d_out, t, packed_B + t * step);
         int64_t first, last;
-        split(num_tokens, self, int(threads), first, last);
+        split(num_tokens, self, team, first, last);
 #pragma omp barrier
         for (int64_t start = first; start < last; start += BLOCK) {
             const int64_t count = last - start < BLOCK ? last - start : BLOCK;
@@ -90,17 +90,17 @@ void rank_experts_given_backward(CALL, const void *dy, const void *x, const void
     const Tensor tensor_dy = s.tensor(dy, 32), tensor_x = s.tensor(x, 16);
     const Tensor tensor_A = s.tensor(A, 64), tensor_B = s.tensor(B, 128);
     const Tensor gradient_A = s.tensor(dA, 64), gradient_B = s.tensor(dB, 128);
-    const int m = int(num_experts), team = int(threads);
+    const int m = int(num_experts);
     const int64_t tiles_in = num_tiles(d_in), tiles_out = num_tiles(d_out), step = m * COLUMNS;
     const int64_t size = (tiles_in + tiles_out) * step, rows = num_tokens / num_gates;
     float *packed_A = scratch, *packed_B = packed_A + tiles_in * step, *parts = scratch + size;
     float *products = parts + threads * size;
     const Ranks ranks;
-#pragma omp parallel num_threads(team)
+#pragma omp parallel num_threads(int(threads))
     {
-        const int self = thread();
-        for (int64_t t = self; t < tiles_in; t += threads) pack(tensor_A, m, d_in, t, packed_A + t * step);
-        for (int64_t t = self; t < tiles_out; t += threads)
+        const int self = thread(), team = team_size();
+        for (int64_t t = self; t < tiles_in; t += team) pack(tensor_A, m, d_in, t, packed_A + t * step);
+        for (int64_t t = self; t < tiles_out; t += team)
             pack_transposed(tensor_B, m, num_ranks, d_out, t, packed_B + t * step);
         float *own_A = parts + self * size, *own_B = own_A + tiles_in * step;
         std::memset(own_A, 0, size * sizeof(float));
@@ -143,7 +143,7 @@ void rank_experts_given_backward(CALL, const void *dy, const void *x, const void
             });
         }
 #pragma omp barrier
-        for (int64_t t = self; t < tiles_in + tiles_out; t += threads) {
+        for (int64_t t = self; t < tiles_in + tiles_out; t += team) {
             float *total = parts + t * step;
             for (int part = 1; part < team; part++)
                 for (int64_t i = 0; i < step; i += LANES)
@@ -152,7 +152,7 @@ void rank_experts_given_backward(CALL, const void *dy, const void *x, const void
 #pragma omp barrier
         if (dA)
             gradient_A.typed([&](auto *to) {
-                for (int64_t row = self; row < num_ranks; row += threads)
+                for (int64_t row = self; row < num_ranks; row += team)
                     for (int64_t c = 0; c < d_in; c++)
                         put(to + row * d_in + c, row < m ? parts[c / COLUMNS * step + row * COLUMNS + c % COLUMNS] : 0.0f);
             });
@@ -164,7 +164,7 @@ void rank_experts_given_backward(CALL, const void *dy, const void *x, const void
                     for (int64_t row = 0; row < num_ranks; row++)
                         put(to + c * num_ranks + row, row < m ? total[c / COLUMNS * step + row * COLUMNS + c % COLUMNS] : 0.0f);
             });
-        for (int64_t g = self; dgates && g < num_gates; g += threads) {
+        for (int64_t g = self; dgates && g < num_gates; g += team) {
             for (int j = 0; j < m; j++) {
                 double total = 0;
                 for (int64_t n = g * rows; n < (g + 1) * rows; n++) total += products[n * m + j];

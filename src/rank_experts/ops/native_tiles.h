@@ -311,6 +311,15 @@ inline int thread() {
 #endif
 }
 
+// How many threads share the work, which may be fewer than were asked for.
+inline int team_size() {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
 inline void split(int64_t count, int part, int parts, int64_t &first, int64_t &last) {
     first = count * part / parts;
     last = count * (part + 1) / parts;
