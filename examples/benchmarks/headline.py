@@ -17,7 +17,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 
 from glue_data import TASKS
-from glue_methods import MAIN, UPPER
+from glue_methods import MAIN, SCALES, UPPER
 from glue_page import scores
 from glue_page import table as glue_table
 
@@ -60,7 +60,7 @@ def demo(result: dict[str, Any]) -> str:
 def compared(records: Records) -> tuple[list[str], list[str]]:
     """Return the tasks and the main methods that the records hold."""
     tasks = [task for task in TASKS if any(r["task"] == task for r in records)]
-    return tasks, [method for method in MAIN | UPPER if any(r["method"] == method for r in records)]
+    return tasks, [method for method in MAIN | SCALES | UPPER if any(r["method"] == method for r in records)]
 
 
 def glue(records: Records) -> str:

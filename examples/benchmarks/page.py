@@ -154,8 +154,8 @@ def main() -> None:
     described = "\n".join(f"- {name}: {value}" for name, value in results["layer"]["machine"].items())
     parts = [
         f"Measured on:\n\n{described}",
-        "### Goals\n\nThe worst of the sizes measured decides.\n\n"
-        + table(["goal", "at", "measured", ""], verdicts(results)),
+        "### Goals\n\nThe worst of the sizes measured decides: missed where its whole range lies beyond the bound, met "
+        "where no range reaches over it.\n\n" + table(["goal", "at", "measured", ""], verdicts(results)),
         layers(results["layer"]),
         "![Overhead over tokens](results/overhead.svg)",
     ]

@@ -269,13 +269,13 @@ def _stacked(matrices: list[Tensor]) -> Tensor:
 
 
 def _returns_wide(x: Tensor, matrices: Sequence[tuple[Tensor, torch.dtype]]) -> bool:
-    # Whether `torch.mm` has an `out_dtype` for these (PyTorch 2.8, CUDA), and one of them needs it.
+    # Whether `torch.mm` has an `out_dtype` for these, which it has on CUDA alone, and one of them needs it.
     kinds = {x.dtype, *(matrix.dtype for matrix, _ in matrices)}
     return (
         x.is_cuda
         and kinds in ({torch.bfloat16}, {torch.float16})
         and torch.float32 in (dtype for _, dtype in matrices)
-        and hasattr(torch.ops.aten.mm, "dtype")
+        and torch.version.hip is None
     )
 
 
