@@ -358,6 +358,16 @@ def test_saved_in_sixteen_bits():
     assert saved_bytes(layer, x) == 256 * 8 * (1 + 2 + 2)
 
 
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("gate", ["token", "given", "dense"])
+def test_the_output_may_be_changed_in_place(gate, conv):
+    case = Case(gate, shape=(3, 5, 10), conv=conv)
+    adapted, _ = case.run(True)
+    adapted.y.mul_(2)
+    found = torch.autograd.grad(adapted.y, case.x, case.dy.to(adapted.y))[0]
+    torch.testing.assert_close(found, 2 * case.run(False)[1][1])
+
+
 def test_the_load_counts_the_chosen():
     layer = adapted("token", r=8, top_k=3)
     layer(torch.randn(4, 25, 32))

@@ -157,6 +157,21 @@ def test_an_output_that_must_not_be_overwritten():
     assert torch.equal(*seen[0])
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_output_may_be_changed_in_place(apart):
+    base, x, A, B, router = make("token", shape=(4, 9, 150))
+    base.bias.requires_grad_(apart)  # A base layer that is trained is applied apart.
+    found = []
+    for adapted in (
+        rank_experts(base, x, A, B, router),
+        dispatch._reference(base, x, A, B, router, 1.0, None, None),
+    ):
+        adapted.y.mul_(2).sum().backward(inputs=[x])
+        found.append([adapted.y, adapted.indices, x.grad])
+        x.grad = None
+    assert_close(*found, 2e-5)
+
+
 def test_a_second_derivative():
     base, x, A, B, router = make("token", shape=(9, 20))
     found = []

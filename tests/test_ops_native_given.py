@@ -199,6 +199,26 @@ def test_an_output_that_must_not_be_overwritten(gate):
     assert torch.equal(*seen[0])
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+def test_the_output_may_be_changed_in_place(gate, apart):
+    base, x, A, B, gate, ids = make(gate)
+    base.bias.requires_grad_(apart)  # A base layer that is trained is applied apart.
+    found = []
+    for y in (rank_experts(base, x, A, B, gate, task_ids=ids).y, reference(base, x, A, B, gate, ids)):
+        y.mul_(2).sum().backward(inputs=[x])
+        found.append(x.grad)
+        x.grad = None
+    assert_close(*([grad] for grad in found), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (0, 8), (10, 3), (10, 9)], ids=str)
+def test_gates_that_do_not_fit_are_refused(shape):
+    base, x, A, B, _, _ = make("none", shape=(10, 150))
+    with pytest.raises(ValueError, match=r"expected \(G, 8\)"):
+        rank_experts(base, x, A, B, torch.rand(shape))
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_without_gradients(gate):
     tensors = make(gate, "mixed")

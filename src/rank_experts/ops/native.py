@@ -119,7 +119,7 @@ def token_forward(
     base: Base,
 ) -> tuple[Tensor, Tensor, Chosen]:
     """Add the update to the base layer's output y; else as `products.token_forward`."""
-    shape, dtype = y.shape, y.dtype
+    dtype = y.dtype
     y = y if dtype in DTYPES else y.float()
     if not (base.in_place and y.is_contiguous()):
         y = y.clone(memory_format=torch.contiguous_format)
@@ -157,7 +157,7 @@ def token_forward(
     elif (kept := values_dtype(base.dtype, spec)) is not None:
         values = values.clamp_(min=-6e4).to(kept)
     chosen = Chosen(narrow, values, projections if narrow_projections is None else narrow_projections)
-    return y.to(dtype).view(shape), indices, chosen
+    return y.to(dtype), indices, chosen
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:

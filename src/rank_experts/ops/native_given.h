@@ -1,8 +1,8 @@
 // The op with given gates, for few ranks, all of which a token uses; and MoRE's gate, whose few dozen numbers are not
 // worth a launch each. `ops/native_given.py` calls it.
 //
-// With few ranks all of A and B fits into the caches. A block of tokens is taken through everything at once, so that x,
-// y and dy come from memory once; threads share the tokens, and add up what they have for A and B in the end. The order
+// With few ranks all of A and B fits into the caches. A block of tokens is taken through all of a pass at once, so that
+// dy, which backward needs twice, comes from memory once; threads share the tokens, and add up what they have for A and B in the end. The order
 // of every sum depends on the number of threads alone.
 
 #pragma once

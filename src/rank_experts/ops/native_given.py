@@ -52,8 +52,11 @@ def forward(
 
     Returns:
         y, and the projections (N, num_ranks).
+
+    Raises:
+        ValueError: The gates are not (G, r) with N a multiple of G.
     """
-    shape, dtype = y.shape, y.dtype
+    dtype = y.dtype
     y = y if dtype in DTYPES else y.float()
     if not (base.in_place and y.is_contiguous()):
         y = y.clone(memory_format=torch.contiguous_format)
@@ -61,6 +64,15 @@ def forward(
     A, B = A.contiguous(), B.contiguous()
     gates = None if gates is None else gates.float().contiguous()
     num_tokens, d_in, d_out = source.numel() // A.shape[1], A.shape[1], B.shape[0]
+    if (
+        gates is not None
+        and num_tokens
+        and (gates.shape[1:] != A.shape[:1] or not len(gates) or num_tokens % len(gates))
+    ):
+        raise ValueError(
+            f"gates have shape {tuple(gates.shape)} for {num_tokens} tokens and {len(A)} ranks: "
+            f"expected (G, {len(A)}), a row for as many tokens each."
+        )
     projections = torch.empty(num_tokens, num_ranks)
     native = library()
     assert native is not None
@@ -71,7 +83,7 @@ def forward(
             scale, source.data_ptr(), A.data_ptr(), B.data_ptr(), pointer(gates),
             1 if gates is None else len(gates), y.data_ptr(), projections.data_ptr(), scratch.data_ptr(),
         )  # fmt: skip
-    return y.to(dtype).view(shape), projections.to(base.dtype)
+    return y.to(dtype), projections.to(base.dtype)
 
 
 def backward(

@@ -55,7 +55,7 @@ def token_forward(
 
     `shared` are the projections (N, r) and logits (N, E), where they have been computed already.
     """
-    y = tensor if base.layer is None else base.layer(x)
+    y = base_output(x, tensor, base)
     with no_autocast(x):
         if kernels is native:
             return native.token_forward(x, dropped, y, A, B, weight, balance_bias, spec, base)
@@ -90,7 +90,7 @@ def given_forward(
 
     `shared` are the projections (N, r), where they have been computed already.
     """
-    y = tensor if base.layer is None else base.layer(x)
+    y = base_output(x, tensor, base)
     with no_autocast(x):
         if kernels is native_given:
             return native_given.forward(x, dropped, y, A, B, gates, len(A), scale, base)
@@ -206,6 +206,15 @@ def _add(y: Tensor, u: Tensor, B: Tensor, base: Base) -> Tensor:
     if torch.promote_types(y.dtype, u.dtype) == u.dtype:
         return flat.to(u.dtype).addmm_(u, B.t()).to(y.dtype).view(y.shape)
     return (flat + u @ B.t()).to(y.dtype).view(y.shape)
+
+
+def base_output(x: Tensor, tensor: Tensor, base: Base) -> Tensor:
+    """Return the base layer's output (…, d_out), applied here where it is the op's to apply."""
+    if base.layer is None:
+        return tensor
+    y = base.layer(x)
+    # Of a function's output that is a view, as layers return it for (B, L, d), autograd forbids changes in place.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def base_backward(dy: Tensor, base_weight: Tensor | None, base: Base) -> Tensor | None:

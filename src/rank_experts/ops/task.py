@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..routing import TaskRouter, task_logits, task_routing
 from . import native_given
-from .products import Base, base_backward, no_autocast, output_gradient
+from .products import Base, base_backward, base_output, no_autocast, output_gradient
 from .second_order import differentiable, given_update
 
 
@@ -123,7 +123,7 @@ def _forward(
     base: Base,
 ) -> tuple[Tensor, ...]:
     # y, the projections that are used, the gates, and what the gate's backward needs.
-    y = tensor if base.layer is None else base.layer(x)
+    y = base_output(x, tensor, base)
     with no_autocast(x):
         gates, used, *choice = native_given.task_gates((embedding, weight, bias), task_ids, scaling)
         y, projections = native_given.forward(x, dropped, y, A, B, gates, used, scale, base)
