@@ -346,7 +346,8 @@ def test_a_killed_training_resumes_to_the_same_adapter(tmp_path, kind):
     for process in (whole, resumed):
         out, err = process.communicate()
         assert process.returncode == 0, err[-3000:]
-    assert out.split("\n")[0] == "step 5"
+    # Libraries that are installed beside it may print lines of their own.
+    assert next(line for line in out.splitlines() if line.startswith("step ")) == "step 5"
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         first, second = (tmp_path / run / "final" / name for run in ("whole", "killed"))
         assert first.read_bytes() == second.read_bytes(), name
