@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from trl import SFTConfig, SFTTrainer
 
 from rank_experts import RankExpertConfig, use_task
-from rank_experts.trainer import RankExpertTrainerMixin
+from rank_experts.training import RankExpertTrainerMixin
 
 LETTERS = "abcdefghijkl"
 
@@ -83,9 +83,11 @@ def tiny_model(folder: Path) -> str:
 
 def config_for(method: str) -> RankExpertConfig:
     """Return the adapter's config: MoRE knows the tasks by name, SMoRA finds its own way token by token."""
+    # Scales and contrastive loss as docs/choose.md has them, not the papers'.
     if method == "more":
-        return RankExpertConfig.more(tasks=list(TASKS), r=16, alpha=32, target_modules="all-linear")
-    return RankExpertConfig.smora(r=64, top_k=8, target_modules="all-linear")
+        measured = {"rank_scaling": "none", "contrastive_coef": 0.01}
+        return RankExpertConfig.more(tasks=list(TASKS), r=16, alpha=32, **measured, target_modules="all-linear")
+    return RankExpertConfig.smora(r=64, top_k=8, alpha=4, target_modules="all-linear")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -34,6 +34,6 @@ def pytest_collection_modifyitems(config, items):
 def _seed():
     torch.manual_seed(0)
     # What is shown once a process may be shown in every test. Imported here, after the environment is set.
-    from rank_experts._warnings import warn_once
+    from rank_experts.messages import warn_once
 
     warn_once.cache_clear()

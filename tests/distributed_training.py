@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-
-from rank_experts.tasks import TaskMixture
-from rank_experts.trainer import RankExpertTrainer
 from test_trainer import METRIC, TASKS, arguments, classifier, examples
+
+from rank_experts.training.mixtures import TaskMixture
+from rank_experts.training.trainer import RankExpertTrainer
 
 
 class Recording(RankExpertTrainer):

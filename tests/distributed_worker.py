@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 import models
 from gates import GATES, config
-from rank_experts import files, save_rank_experts, update_router_bias
+from rank_experts import save_rank_experts, update_router_bias
+from rank_experts.files import saving
 
 STEPS = 6
 
@@ -73,10 +74,10 @@ def run(accelerator: Accelerator, gate: str, engine: str, folder: Path) -> None:
     losses = [float(accelerator.gather(loss).mean()) for loss in train(model, gate, rank, accelerator.num_processes)]
     plain = accelerator.unwrap_model(model)
     written = []
-    write_pair = files.write_pair
-    files.write_pair = lambda *args, **kwargs: written.append(1) or write_pair(*args, **kwargs)
+    write_pair = saving.write_pair
+    saving.write_pair = lambda *args, **kwargs: written.append(1) or write_pair(*args, **kwargs)
     save_rank_experts(plain, folder / gate / "ours")
-    files.write_pair = write_pair
+    saving.write_pair = write_pair
     report = {
         "engine": type(model).__name__,
         "sharded": sum(isinstance(p, DTensor) for p in model.parameters()),

@@ -48,5 +48,5 @@ def randomise(model, adapter_name: str = "default", seed: int = 1) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "rank_expert_" in name and f".{adapter_name}" in name and not tensor.is_meta:
+            if ".rank_experts." in name and f".{adapter_name}" in name and not tensor.is_meta:
                 tensor.add_(torch.randn_like(tensor) * 0.3)

@@ -23,7 +23,7 @@ def token_config(**kwargs) -> RankExpertConfig:
 def task_config(**kwargs) -> RankExpertConfig:
     """A MoRE config for tiny models, likewise, with the paper's scaling and contrastive loss."""
     defaults = dict(tasks=TASKS, r=4, alpha=4, target_modules="all-linear", init_weights=False)
-    defaults |= dict(rank_scaling="task", contrastive_coef=0.1)
+    defaults |= dict(rank_scaling="linear", contrastive_coef=0.1)
     return RankExpertConfig.more(**(defaults | kwargs))
 
 

@@ -8,7 +8,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3M
 import models
 from gates import config
 from rank_experts import inject_rank_experts
-from rank_experts.base_experts import RankExpertExperts
+from rank_experts.layers.experts import RankExpertExperts
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

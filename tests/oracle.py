@@ -18,7 +18,7 @@ def token_gate(x, W, b, top_k, expert_rank=1, score="sigmoid", biased=False):
             keys = [z_i + b_i for z_i, b_i in zip(z, b)]
         order = sorted(range(len(z)), key=lambda i: (-float(keys[i].detach()), i))
         chosen = order[:top_k]
-        leaking = keys if score == "sigmoid" else [torch.exp(k_i) for k_i in keys]
+        leaking = [k_i.clamp(min=2**-20) for k_i in keys] if score == "sigmoid" else [torch.exp(k_i) for k_i in keys]
         values = leaking if biased else scores
         total = sum(values[i] for i in chosen)
         gate = [top_k * values[i] / total if i in chosen else 0 * z[i] for i in range(len(z))]
@@ -26,7 +26,7 @@ def token_gate(x, W, b, top_k, expert_rank=1, score="sigmoid", biased=False):
     return torch.stack(rows)
 
 
-def task_gate(embedding, W, c, task_ids, scaling="task"):
+def task_gate(embedding, W, c, task_ids, scaling="linear"):
     """Gates (B, r) of a task router, with the straight-through gradient."""
     num_tasks, r = len(embedding), len(W)
     rows = []
@@ -36,7 +36,7 @@ def task_gate(embedding, W, c, task_ids, scaling="task"):
         best = max(range(r), key=lambda j: (float(p[j].detach()), -j))
         gate = []
         for j in range(r):
-            factor = {"task": (best + 1) / num_tasks, "rank": ((j + 1) / r) ** 2, "none": 1.0}[scaling]
+            factor = {"linear": (best + 1) / num_tasks, "quadratic": ((j + 1) / r) ** 2, "none": 1.0}[scaling]
             inside = 1.0 if j <= best else 0.0
             gate.append(inside * factor * (1 + p[best] - p[best].detach()))
         rows.append(torch.stack(gate))

@@ -1,14 +1,17 @@
 """Makes PEFT know the method: the one place where this library reaches into PEFT.
 
-Done once, when `rank_experts` is imported. Four things, each harmless to other methods:
+Done once, when `rank_experts` is imported. Six things, each harmless to other methods:
 
-1. PEFT finds methods through the enum `PeftType`, which offers no way to add one; the member is added by hand. Where
-   a later PEFT has a member of this name, that one is used.
+1. PEFT finds methods through the enum `PeftType`; `config/method.py` adds the member.
 2. `register_peft_method`, PEFT's own function, enters config and tuner.
 3. `PeftModel`'s classes by task type take `task_ids` as a named argument and drop it for every method but Poly.
    A `PeftModel` that holds our tuner therefore gets a forward that hands `task_ids` on before that.
 4. `PeftModel.from_pretrained` and `load_adapter` change the model before they read the weights. For adapters of ours
    the files are checked first, and state dicts are for a PEFT before 0.21, which does not ask the tuner about them.
+5. `PeftModel.save_pretrained` writes the frozen weight of an adapted `lm_head`. For adapters of ours it does so only
+   where that is asked for, or where the vocabulary was resized.
+6. PEFT's optimiser for LoRA+ finds the matrices B by the name "lora_B". It is made to refuse ours, whose B would get
+   the learning rate of A without a word.
 """
 
 from __future__ import annotations
@@ -19,31 +22,21 @@ from importlib.metadata import version
 from typing import Any
 
 from packaging.version import Version
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.optimizers import loraplus
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method, save_and_load
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._version import __version__
-from ._warnings import warn_once
-from .boundary import install
-from .config import PEFT_TYPE, RankExpertConfig
-from .model import RankExpertModel, adapted_layers, check_state_dict
-from .peft_files import check_files
-
-
-def _add_enum_member() -> None:
-    if PEFT_TYPE in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, PEFT_TYPE)
-    member._name_ = PEFT_TYPE
-    member._value_ = PEFT_TYPE
-    member._sort_order_ = len(PeftType.__members__)
-    PeftType._member_names_.append(PEFT_TYPE)
-    PeftType._member_map_[PEFT_TYPE] = member
-    PeftType._value2member_map_[PEFT_TYPE] = member
-    type.__setattr__(PeftType, PEFT_TYPE, member)
+from .calls.boundary import install
+from .config.config import RankExpertConfig
+from .config.method import PEFT_TYPE, peft_type
+from .files.embeddings import saves_embeddings
+from .files.peft import check_files
+from .messages import warn_once
+from .tuner.tuner import RankExpertModel, adapted_layers, check_state_dict
 
 
 def _pass_task_ids() -> None:
@@ -84,6 +77,21 @@ def _check_files_first() -> None:
     PeftModel.load_adapter = checked_load_adapter
 
 
+def _save_what_was_trained() -> None:
+    save_pretrained = PeftModel.save_pretrained
+
+    @functools.wraps(save_pretrained)
+    def saved(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        given = _arguments(save_pretrained, (self, *args), kwargs)
+        if isinstance(self.base_model, RankExpertModel) and given.get("save_embedding_layers", "auto") == "auto":
+            # Resized or not is the base model's affair, the same for all of its adapters.
+            given["save_embedding_layers"] = saves_embeddings(self, next(iter(self.peft_config)))
+            return save_pretrained(self, **given)
+        return save_pretrained(self, *args, **kwargs)
+
+    PeftModel.save_pretrained = saved
+
+
 def _check_state_dicts_first() -> None:
     if hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
         return
@@ -105,6 +113,23 @@ def _check_state_dicts_first() -> None:
         return find_mismatched_keys(model, state_dict, *args, **kwargs)
 
     save_and_load._find_mismatched_keys = checked
+
+
+def _refuse_lora_plus() -> None:
+    # A function that the optimiser calls first, because the optimiser itself may have been imported by name already.
+    get_parameter_names = loraplus.get_parameter_names
+
+    @functools.wraps(get_parameter_names)
+    def checked(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, nn.Module) and any(adapted_layers(model)):
+            raise ValueError(
+                "create_loraplus_optimizer knows LoRA's parameters by their names, and would give the B of rank "
+                "experts the learning rate of A. Make the two groups yourself: the parameters whose names end in '.B', "
+                "with lr * loraplus_lr_ratio, and the others that are trained."
+            )
+        return get_parameter_names(model, *args, **kwargs)
+
+    loraplus.get_parameter_names = checked
 
 
 def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +159,7 @@ def register() -> None:
     check_versions()
     if PEFT_TYPE in PEFT_TYPE_TO_TUNER_MAPPING:
         return
-    _add_enum_member()
+    peft_type()
     register_peft_method(
         name=PEFT_TYPE.lower(),
         config_cls=RankExpertConfig,
@@ -143,4 +168,6 @@ def register() -> None:
     )
     _pass_task_ids()
     _check_files_first()
+    _save_what_was_trained()
     _check_state_dicts_first()
+    _refuse_lora_plus()

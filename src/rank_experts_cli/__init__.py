@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, merge, export, inspect, demo.
+"""The command line: train, evaluate, merge, export, inspect.
 
 A package of its own, because importing `rank_experts` imports torch and PEFT, which takes seconds: help and mistyped
 arguments are answered without. The library is imported when a command runs. What a user can mend is said in a line or
@@ -18,6 +18,7 @@ _OVERRIDES = "values that replace the recipe's, for instance training.learning_r
 _ADAPTER = "the adapter's folder"
 _EXTRAS = {"train": "train", "evaluate": "train"}
 _BASE = "the base model, where it is not the one that the adapter names"
+_CODE = "run the code that comes with the base model; never without this"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 where something is wrong that the message explains; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] == ["demo"]:
-        # The demo has options of its own.
-        return importlib.import_module("rank_experts.demo").main(arguments[1:]) or 0
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     # argparse takes no more key=value once an option came between.
@@ -41,13 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides += rest
     try:
-        return getattr(importlib.import_module("rank_experts.commands"), args.name)(args)
+        return getattr(importlib.import_module("rank_experts.recipes.commands"), args.name)(args)
     except (ImportError, OSError, TypeError, ValueError) as error:
         if args.traceback:
             raise
         extra = _EXTRAS.get(args.name) if isinstance(error, ModuleNotFoundError) else None
         hint = f". Install what this command needs: pip install 'rank-experts[{extra}]'" if extra else ""
-        print(f"rank-experts {args.name}: {error}{hint}", file=sys.stderr)
+        # Messages may name what strangers' files hold, which must not speak to the terminal.
+        shown = "".join(
+            char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+            for char in str(error)
+        )
+        print(f"rank-experts {args.name}: {shown}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -84,12 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out", type=Path, metavar="OUT", help="the folder to save the merged model in")
     merge.add_argument("--task", help="the task to merge for, where the adapter routes by task")
     merge.add_argument("--base", metavar="MODEL", help=_BASE)
+    merge.add_argument("--trust-remote-code", action="store_true", help=_CODE)
 
     export = add("export", "Write an adapter as a plain LoRA that any LoRA server loads.")
     export.add_argument("adapter", type=Path, metavar="ADAPTER", help=_ADAPTER)
-    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write; one for each task without --task")
-    export.add_argument("--task", help="the task to export for, where the adapter routes by task")
+    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    tasks = export.add_mutually_exclusive_group()
+    tasks.add_argument("--task", help="the task to export for, where the adapter routes by task")
+    tasks.add_argument("--all-tasks", action="store_true", help="write a folder for each task into OUT")
     export.add_argument("--base", metavar="MODEL", help=_BASE)
+    export.add_argument("--trust-remote-code", action="store_true", help=_CODE)
     export.add_argument(
         "--calibration", type=Path, metavar="FILE", help="text, a sample a line: token-routed adapters need it"
     )
@@ -98,8 +105,4 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help=_ADAPTER)
     inspect.add_argument("--json", action="store_true", help="print everything, as JSON")
     inspect.add_argument("--html", type=Path, metavar="FILE", help="write the report there too, as one page with plots")
-
-    commands.add_parser(
-        "demo", help="Train LoRA, SMoRA and MoRE on four tasks, on the CPU, in minutes.", add_help=False
-    )
     return parser

@@ -1,20 +1,7 @@
 """The one operation of the library, base(x) + s · (g ⊙ (x Aᵀ)) Bᵀ, and its implementations."""
 
-from . import node
-from .dispatch import Adapted, decode, has_enough_to_share, load_of_output, may_share, rank_experts, share
+from .op import Adapted, load_of_output, rank_experts, task_gates
+from .operands import Base
 from .reference import rank_experts_reference
-from .shared import Reader, Shared
 
-__all__ = [
-    "Adapted",
-    "Reader",
-    "Shared",
-    "decode",
-    "has_enough_to_share",
-    "load_of_output",
-    "may_share",
-    "node",
-    "rank_experts",
-    "rank_experts_reference",
-    "share",
-]
+__all__ = ["Adapted", "Base", "load_of_output", "rank_experts", "rank_experts_reference", "task_gates"]

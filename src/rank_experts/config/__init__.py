@@ -1,0 +1,1 @@
+"""`RankExpertConfig`, its checks, and reading it from a file."""

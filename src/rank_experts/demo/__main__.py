@@ -1,5 +1,0 @@
-"""`python -m rank_experts.demo`."""
-
-from . import main
-
-raise SystemExit(main())

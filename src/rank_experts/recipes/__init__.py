@@ -1,0 +1,1 @@
+"""A YAML file and its data become a model and a trainer; what the commands do."""

@@ -1,0 +1,1 @@
+"""PEFT's contract: which modules are targets, the tuner, and injection."""
