@@ -17,8 +17,8 @@ from rank_experts import inject_rank_experts, merge_rank_experts, use_task
 from rank_experts.calls.call import current_call
 from rank_experts.calls.checkpointing import CheckpointInCall, bind_checkpointing
 from rank_experts.calls.later import Later
+from rank_experts.layers import adapted_layers
 from rank_experts.training.balance import take_nan_examples
-from rank_experts.tuner.tuner import adapted_layers
 
 Named = namedtuple("Named", "logits loss")
 Unlabelled = namedtuple("Unlabelled", "first second")

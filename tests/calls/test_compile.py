@@ -10,7 +10,7 @@ import models
 from gates import GATES, batch, config, peft_model, tasks
 from helpers import TASKS, assert_same_gradients, gradients
 from rank_experts import inject_rank_experts, update_router_bias, use_task
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 EVERY = pytest.mark.parametrize("gate", GATES)
 

@@ -11,7 +11,7 @@ import torch
 from helpers import CONFIGS, dense_config, gradients, task_config, token_config
 from models import batch, llama
 from rank_experts import inject_rank_experts, update_router_bias, use_task
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 OPTIONS = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
 

@@ -15,7 +15,7 @@ from helpers import dense_config
 from mixtures import expert_config
 from rank_experts import inject_rank_experts
 from rank_experts.calls.first_calls import CALLS
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 
 class Reads(nn.Module):

@@ -14,7 +14,7 @@ from architectures.shrink import tiny_model
 from helpers import TASKS, task_config, token_config
 from odd_models import IMAGE_TOKEN, VOCAB
 from rank_experts import inject_rank_experts, use_task
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 
 def text(size: int, length: int, name: str = "") -> dict:
@@ -208,20 +208,43 @@ def auxiliary(model, input_ids, ids):
     return torch.stack(found)
 
 
-def test_beams_and_returned_sequences_have_their_examples_tasks():
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_fewer_tasks_than_rows_are_refused_where_no_input_says_whose_the_rows_are(number):
+    """3 ids for 6 rows may be forgotten ids as well as examples of two rows each."""
     from models import llama
 
     model = adapted(llama)
-    inputs = text(6, 5)
-    twice = {name: value[:3].repeat_interleave(2, 0) for name, value in inputs.items()}
-    with use_task(model, ids_of(3)):
-        spread = model(**twice).logits
-    assert torch.equal(spread, model(**twice, task_ids=ids_of(3).repeat_interleave(2)).logits)
-    with (
-        use_task(model, ids_of(4)),
-        pytest.raises(ValueError, match=r"4 task ids for 6 rows.*packing cannot mix tasks"),
-    ):
-        model(**inputs)
+    message = rf"{number} task ids for 6 rows.*packing cannot mix tasks"
+    with pytest.raises(ValueError, match=message):
+        model(**text(6, 5), task_ids=ids_of(number))
+    with use_task(model, ids_of(number)), pytest.raises(ValueError, match=message):
+        model(**text(6, 5))
+    compiled = torch.compile(model, backend="eager")
+    with use_task(model, ids_of(number)), pytest.raises(ValueError, match=message):
+        compiled(**text(6, 5))
+
+
+def test_choices_have_their_examples_tasks():
+    model = adapted(lambda: tiny_model("bert", "BertForMultipleChoice"))
+    ids = text(6, 5)["input_ids"].reshape(2, 3, 5)
+    spread = model(input_ids=ids, task_ids=ids_of(2)).logits
+    assert torch.equal(spread, model(input_ids=ids, task_ids=ids_of(2).repeat_interleave(3)).logits)
+    assert not torch.equal(spread, model(input_ids=ids, task_ids=ids_of(2).flip(0)).logits)
+    compiled = torch.compile(model, backend="eager")
+    with use_task(model, ids_of(2)):
+        torch.testing.assert_close(compiled(input_ids=ids).logits, spread)
+    with pytest.raises(ValueError, match=r"3 task ids for 6 rows"):
+        model(input_ids=ids, task_ids=ids_of(3))
+
+
+def test_a_compiled_forward_in_generate_gives_beams_their_examples_tasks():
+    from models import llama
+
+    model = adapted(llama)
+    options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=2, use_cache=False, pad_token_id=0)
+    found = model.generate(text(3, 5)["input_ids"], task_ids=ids_of(3), **options)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(text(3, 5)["input_ids"], task_ids=ids_of(3), **options), found)
 
 
 def test_packed_rows_take_one_task_and_refuse_several():

@@ -12,7 +12,7 @@ from torch import nn
 from helpers import TASKS, assert_same_gradients, gradients, task_config, token_config
 from models import MODELS, CheckpointedBlock, batch, llama, t5
 from rank_experts import inject_rank_experts, use_task
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """How many rows a forward has and how long they are: read where it enters a model, from the model's own inputs.
 
-A row is what a task holds for: an example, or one of its beams or returned sequences. Whoever names B tasks for
-R = B · n rows means each for n rows in a row.
+A row is what a task holds for: an example, one of its choices, or, in `generate`, one of its beams or returned
+sequences. Where an example has n rows, they are side by side, and whoever names B tasks means each for n of them.
+Nowhere else may tasks be fewer than rows.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Batch(NamedTuple):
         images: Whose the rows of an image tower's layers are; None: they are the batch's, as any other layer's.
         said_by: The model's class and the input that said it, for messages.
         shape: That input's.
+        per_example: How many rows an example has: its choices, else 1; None: any number, in `generate`.
     """
 
     num_rows: int
@@ -37,20 +39,23 @@ class Batch(NamedTuple):
     images: Images | None = None
     said_by: str = ""
     shape: tuple[int, ...] = ()
+    per_example: int | None = 1
 
     def check(self, number: int, what: str) -> None:
         """Refuse a number of task ids, or of anything else that is named by example, that does not fit the rows.
 
         Raises:
-            ValueError: It is no divisor of R.
+            ValueError: It is neither 1, nor R, nor the number of examples.
         """
-        if number == self.num_rows or (number and self.num_rows % number == 0):
+        if number in (1, self.num_rows):
+            return
+        if number and self.num_rows % number == 0 and self.per_example in (None, self.num_rows // number):
             return
         raise ValueError(
             f"{number} {what} for {self.num_rows} rows ({self.said_by} of shape {tuple(self.shape)}). Expected one for "
-            "each row of the batch, or one for each example whose rows (its beams, its returned sequences) are side by "
-            "side. Of packed rows, each holds several examples: packing cannot mix tasks; pad instead, or pack one "
-            "task a row."
+            "each row of the batch, or one for all; one for each example only where the rows of an example are known: "
+            "its choices (batch, choices, length), and in `generate` its beams and returned sequences. Of packed rows, "
+            "each holds several examples: packing cannot mix tasks; pad instead, or pack one task a row."
         )
 
 
@@ -66,7 +71,7 @@ def read_batch(module: nn.Module, scope: RoutingScope, given: dict[str, Any]) ->
     if main is None:
         return None
     said_by = f"{type(module).__name__}'s {name}"
-    shape = main.shape
+    shape, per_example = main.shape, 1
     if name in _EMBEDDED or (name not in _TEXT + _OTHERS and name != getattr(module, "main_input_name", None)):
         # Embeddings (R, L, d), or the first argument of a module that is no transformers model, (R, L, …) or (R, d).
         if main.dim() > 2 and name not in _EMBEDDED and scope.sequence_first:
@@ -78,9 +83,9 @@ def read_batch(module: nn.Module, scope: RoutingScope, given: dict[str, Any]) ->
         num_rows, lengths = shape[0], ()
     else:
         # Multiple choice has ids (B, choices, L); its rows are the choices.
-        num_rows, lengths = math.prod(shape[:-1]), (shape[-1],)
+        num_rows, lengths, per_example = math.prod(shape[:-1]), (shape[-1],), math.prod(shape[1:-1])
     images = images_of(module, given, num_rows) if scope.towers and name in _TEXT else None
-    return Batch(num_rows, lengths + _memory_lengths(given), images, said_by, shape)
+    return Batch(num_rows, lengths + _memory_lengths(given), images, said_by, shape, per_example)
 
 
 def _main_input(module: nn.Module, given: dict[str, Any]) -> tuple[str, Tensor | None]:

@@ -22,7 +22,7 @@ _innermost: ContextVar[Call | None] = ContextVar("rank_experts_call", default=No
 
 _INHERITED = (
     *("tasks", "handed_on", "batch", "adapter_names", "mask", "target_mask", "gathered", "memory", "memory_mask"),
-    *("records", "observers"),
+    *("records", "generates", "observers"),
 )
 
 
@@ -58,6 +58,7 @@ class Call:
         gathered: Where the tokens of the layers' inputs come from; None: they are the batch's, in its order.
         memory: What a decoder reads from its encoder, and `memory_mask` which of it is not padding.
         records: Whether gradients are recorded in the forward that this is; None: it is no forward of the model.
+        generates: Within `generate`, where an example may have several rows.
         loads: (layer's path, adapter, counts) of token gates.
         losses: (adapter, loss) of layers with an auxiliary loss.
         is_unrecorded: A loss was computed while no gradients were recorded, although the forward records them.
@@ -80,6 +81,7 @@ class Call:
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
     records: bool | None = None
+    generates: bool = False
     loads: list[tuple[str, str, Tensor]] = field(default_factory=list)
     losses: list[tuple[str, Tensor]] = field(default_factory=list)
     is_unrecorded: bool = False

@@ -63,9 +63,9 @@ def enter_batch(call: Call, batch: Batch | None) -> None:
     Raises:
         ValueError: The number of tasks, or of adapter names, does not fit the rows.
     """
-    call.batch = batch
+    call.batch = batch if batch is None or not call.generates else batch._replace(per_example=None)
     call.resolved = {}
-    if batch is None:
+    if (batch := call.batch) is None:
         return
     if call.tasks is not None and call.scope.tasks and not isinstance(call.tasks, str):
         batch.check(count_named(call.tasks), "task ids")

@@ -45,7 +45,7 @@ class RoutedGenerate:
         given = {"inputs": args[0]} | kwargs if args else dict(kwargs)
         given.setdefault(getattr(self.module, "main_input_name", "input_ids"), given.pop("inputs", None))
         call = begin_call(self.scope, current_call(self.scope), task_ids)
-        call.records = None
+        call.records, call.generates = None, True
         enter_batch(call, read_batch(self.module, self.scope, given))
         if task_ids is not None and self.takes_task_ids:
             kwargs["task_ids"] = task_ids

@@ -92,7 +92,7 @@ def one_for_all(ids: Tensor) -> Tensor:
 
 
 def ids_of_rows(ids: Tensor, batch: Batch | None) -> Tensor:
-    """Return from ids (B,), of examples with R / B rows in a row each, (R,) ids."""
+    """Return from ids (B,), of examples with R / B rows side by side each, (R,) ids."""
     if batch is None or ids.shape[0] == batch.num_rows:
         return ids
     batch.check(ids.shape[0], "task ids")
@@ -193,7 +193,8 @@ def _task_ids_at_run_time(call: Call | None, place: Place, x: Tensor) -> Tensor:
         num_rows = 1  # One task for all fits any rows; several are refused when the graph runs.
     key = (_AT_RUN_TIME + place.adapter, x.device)
     if layout is None or key not in outside.resolved:
-        ids = current_task_ids(x, num_rows, place.scope.key, place.adapter, place.path)
+        per_example = 1 if batch is None else batch.per_example
+        ids = current_task_ids(x, num_rows, per_example, place.scope.key, place.adapter, place.path)
         if layout is None:
             return ids
         outside.resolved[key] = ids
@@ -210,7 +211,9 @@ def _no_task_message(place: Place) -> str:
 
 
 @torch.library.custom_op("rank_experts::current_task_ids", mutates_args=())
-def current_task_ids(x: Tensor, num_rows: int, scope_key: int, adapter: str, path: str) -> Tensor:
+def current_task_ids(
+    x: Tensor, num_rows: int, per_example: int | None, scope_key: int, adapter: str, path: str
+) -> Tensor:
     """Read the surrounding `use_task` from within a compiled graph: (num_rows,) int64 on x's device."""
     call = next((call for call in calls_from_inside() if call.scope.key == scope_key and call.tasks is not None), None)
     if call is None:
@@ -219,12 +222,13 @@ def current_task_ids(x: Tensor, num_rows: int, scope_key: int, adapter: str, pat
             "put the call into `with use_task(model, name):`."
         )
     ids = one_for_all(resolve_task_ids(call.scope, call.tasks, adapter))
-    rows = Batch(num_rows, said_by=f"{path}'s input", shape=x.shape)
+    per_example = None if call.generates else per_example  # `generate` is not part of what was traced.
+    rows = Batch(num_rows, said_by=f"{path}'s input", shape=x.shape, per_example=per_example)
     if ids.shape[0] > 1 and num_rows == 1:
         raise refuse_rows(call.fork(batch=rows), path, x, "tasks")
     return ids_of_rows(ids, rows).to(x.device, copy=True)
 
 
 @current_task_ids.register_fake
-def _(x: Tensor, num_rows: int, scope_key: int, adapter: str, path: str) -> Tensor:
+def _(x: Tensor, num_rows: int, per_example: int | None, scope_key: int, adapter: str, path: str) -> Tensor:
     return x.new_empty(num_rows, dtype=torch.int64)
