@@ -14,9 +14,9 @@ from models import CheckpointedBlock, batch, bert, llama, t5
 from rank_experts import inject_rank_experts, update_router_bias
 from rank_experts.calls import Call
 from rank_experts.calls.boundary import _UNUSED_LOSSES
+from rank_experts.layers import adapted_layers
 from rank_experts.routing import expert_load
 from rank_experts.training.callbacks import RankExpertCallback
-from rank_experts.tuner.tuner import adapted_layers
 
 
 def loads(model):

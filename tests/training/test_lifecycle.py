@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 import models
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, use_task
 from rank_experts.convert.merge import merge_rank_experts
+from rank_experts.layers import adapted_layers
 from rank_experts.training.heads import HeadSpec, MultiTaskClassifier
 from rank_experts.training.lifecycle import add_task, identify_task
-from rank_experts.tuner.tuner import adapted_layers
 
 TASKS = ["cola", "rte"]
 

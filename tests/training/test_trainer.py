@@ -24,12 +24,13 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 import models
 from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.calls.use_task import routing_scopes
+from rank_experts.layers import adapted_layers
 from rank_experts.training.callbacks import RankExpertCallback, SaveOnInterrupt
 from rank_experts.training.heads import HeadSpec, MultiTaskClassifier
 from rank_experts.training.metrics import METRICS, exact_match, find_metric
 from rank_experts.training.mixtures import TaskMixture
-from rank_experts.training.trainer import RankExpertTrainer, RankExpertTrainerMixin, chosen_ranks
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.training.ranks import chosen_ranks
+from rank_experts.training.trainer import RankExpertTrainer, RankExpertTrainerMixin
 
 TASKS = ["first", "last"]
 METRIC = {"first": "accuracy", "last": ["accuracy", "f1"]}
@@ -471,6 +472,32 @@ def test_a_checkpoint_of_tasks_in_another_order_is_not_resumed(order, tmp_path):
     with pytest.raises(ValueError, match=r"tasks.*\['first', 'last'\].*\['last', 'first'\]"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, value in state(run.model).items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("field", ["tasks", "alpha", "heads"])
+def test_a_whole_models_checkpoint_of_another_adapter_is_not_resumed(field, tmp_path):
+    """Where more than the adapter is trained the checkpoint has the model's tensors, which fit both."""
+    changed = {"tasks": dict(tasks=TASKS[::-1]), "alpha": dict(alpha=3), "heads": dict(heads=TASKS[::-1])}[field]
+
+    def run(folder, heads=TASKS, **changes):
+        settings = dict(tasks=TASKS, r=4, target_modules=["query", "value"]) | changes
+        encoder = inject_rank_experts(models.bert().bert, RankExpertConfig.more(**settings))
+        encoder.embeddings.word_embeddings.weight.requires_grad = True
+        heads = {name: HeadSpec(labels=["low", "high"]) for name in heads}
+        saving = dict(save_strategy="steps", save_steps=2, max_steps=3)
+        return trainer(folder, MultiTaskClassifier(encoder, heads), args=saving)
+
+    run(tmp_path / "a").train()
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    assert "model.safetensors" in os.listdir(checkpoint)
+    run(tmp_path / "b").train(resume_from_checkpoint=str(checkpoint))
+    other = run(tmp_path / "a", **changed)
+    before = state(other.model)
+    for resume in (str(checkpoint), True):
+        with pytest.raises(ValueError, match=rf"was saved with (the tasks' )?{field}"):
+            other.train(resume_from_checkpoint=resume)
+    for name, value in state(other.model).items():
         assert torch.equal(value, before[name]), name
 
 

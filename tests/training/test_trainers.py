@@ -13,9 +13,9 @@ import models
 import rank_experts.messages
 from gates import GATES, config, peft_model
 from rank_experts import inject_rank_experts, load_rank_experts, save_rank_experts, update_router_bias, use_task
+from rank_experts.layers import adapted_layers
 from rank_experts.training.callbacks import RankExpertCallback
 from rank_experts.training.trainer import RankExpertTrainerMixin
-from rank_experts.tuner.tuner import adapted_layers
 
 datasets = pytest.importorskip("datasets")
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ..calls.scope import RoutingScope, Tasks
 from ..calls.use_task import routing_scopes
-from ..layers.linear import RankExpertLinear
+from ..layers.linear import RankExpertLinear, adapted_layers
 from ..layers.offloading import device_of, onloaded
-from ..tuner.tuner import adapted_layers
 
 
 @torch.no_grad()

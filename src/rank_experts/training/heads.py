@@ -183,6 +183,10 @@ class MultiTaskClassifier(nn.Module):
         """Enable it in the encoder."""
         self.encoder.gradient_checkpointing_enable(**kwargs)
 
+    def description(self) -> dict[str, Any]:
+        """Return what `heads.json` holds: the pooling, and each task's head, in the order of the task ids."""
+        return {"pooling": self.pooling, "heads": {task: asdict(spec) for task, spec in self.specs.items()}}
+
     def save_heads(self, path: str | os.PathLike[str]) -> None:
         """Write `heads.json` and `heads.safetensors` into a folder, beside the adapter's files, in one step.
 
@@ -193,9 +197,8 @@ class MultiTaskClassifier(nn.Module):
         for name, tensor in self.heads.state_dict().items():
             if not is_finite(tensor):
                 raise ValueError(f"{name} has values that are not finite: the training diverged. Nothing is written.")
-        description = {"pooling": self.pooling, "heads": {task: asdict(spec) for task, spec in self.specs.items()}}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.heads.state_dict().items()}
-        write_pair(Path(path), json.dumps(description, indent=2) + "\n", tensors, HEADS_FILES)
+        write_pair(Path(path), json.dumps(self.description(), indent=2) + "\n", tensors, HEADS_FILES)
 
     def load_heads(self, path: str | os.PathLike[str]) -> None:
         """Read the heads of a folder back into this model.

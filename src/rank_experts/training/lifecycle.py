@@ -17,11 +17,10 @@ from ..calls.call import current_call
 from ..calls.padding import token_mask
 from ..config.config import RankExpertConfig
 from ..layers.experts import ExpertProjection
-from ..layers.linear import RankExpertLinear
+from ..layers.linear import RankExpertLinear, adapted_layers
 from ..layers.offloading import check_in_place
 from ..messages import nearest
 from ..routing.pooling import pool_examples
-from ..tuner.tuner import adapted_layers
 
 
 def add_task(

@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..calls.scope import RoutingScope
 from ..calls.use_task import routing_scopes
-from ..config.config import RankExpertConfig
-from ..files.embeddings import peft_tensors
 from ..files.loading import restore_rank_experts
 from ..files.saving import gather_adapter, write_adapter
+from ..layers.linear import adapted_layers
 from ..messages import nearest, warn_once
-from ..tuner.tuner import adapted_layers
 from .callbacks import RankExpertCallback
+from .checkpoints import active_adapter, check_configs, owner_of_all_that_trains, write_configs
+from .groups import roles, split_groups
 from .heads import MultiTaskClassifier
 from .metrics import Metric, as_array, find_metric
 from .mixtures import TASK_COLUMN, TaskCollator, TaskMixture, TaskPart, TaskSampler
+from .ranks import chosen_ranks
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -204,8 +204,8 @@ class RankExpertTrainerMixin(_Base):
         optimizer = super().create_optimizer(*(() if model is None else (model,)))
         if created:
             rates = {"router": self.router_learning_rate, "head": self.head_learning_rate}
-            roles = _roles(self.model if model is None else model)
-            optimizer.param_groups[:] = _split_groups(optimizer.param_groups, roles, rates)
+            known = roles(self.model if model is None else model)
+            optimizer.param_groups[:] = split_groups(optimizer.param_groups, known, rates)
         return optimizer
 
     # Evaluation
@@ -286,18 +286,30 @@ class RankExpertTrainerMixin(_Base):
 
     # Checkpoints
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does.
+
+        Raises:
+            ValueError: The checkpoint to go on from is of adapters that compute something else.
+        """
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if isinstance(folder, (str, os.PathLike)):
+            check_configs(self.accelerator.unwrap_model(self.model), Path(folder))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save as `Trainer` does, and beside a whole model's tensors what its adapters compute with them."""
+        super().save_model(output_dir, *args, **kwargs)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save and folder.is_dir():
+            write_configs(self.accelerator.unwrap_model(self.model), folder)
+
     def _adapter_only(self) -> nn.Module | None:
-        # The module that owns the adapter, where the adapter (and heads) are all that is trained.
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
-        owner = model.encoder if isinstance(model, MultiTaskClassifier) else model
-        if not any(isinstance(c, RankExpertConfig) for c in getattr(owner, "peft_config", {}).values()):
-            return None
-        saved = list(peft_tensors(owner, _adapter_name(owner)).values())
-        saved += list(model.heads.parameters()) if isinstance(model, MultiTaskClassifier) else []
-        places = {tensor.data_ptr() for tensor in saved}
-        return owner if all(p.data_ptr() in places for p in model.parameters() if p.requires_grad) else None
+        return owner_of_all_that_trains(self.accelerator.unwrap_model(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if (owner := self._adapter_only()) is None:
@@ -308,7 +320,7 @@ class RankExpertTrainerMixin(_Base):
         folder = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(folder, exist_ok=True)
         # Whoever should save is asked, the first process of each node with save_on_each_node for instance.
-        write_adapter(Path(folder), *gather_adapter(owner, folder, _adapter_name(owner)))
+        write_adapter(Path(folder), *gather_adapter(owner, folder, active_adapter(owner)))
         if isinstance(model := self.accelerator.unwrap_model(self.model), MultiTaskClassifier):
             model.save_heads(folder)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -319,7 +331,7 @@ class RankExpertTrainerMixin(_Base):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, MultiTaskClassifier):
             model.check_heads(folder)  # Both or neither.
-        restore_rank_experts(owner, folder, _adapter_name(owner))
+        restore_rank_experts(owner, folder, active_adapter(owner))
         if isinstance(model, MultiTaskClassifier):
             model.load_heads(folder)
 
@@ -388,27 +400,6 @@ def _depends(total: Tensor, *parts: Tensor | None) -> bool:
     return any(grad is not None for grad in grads)
 
 
-def chosen_ranks(model: nn.Module) -> dict[str, float]:
-    """Return the rank r_t that every task of a task-routed adapter uses, averaged over layers, as "rank_<task>".
-
-    Empty where FSDP2 or ZeRO-3 keeps each process a part of the gates between forwards.
-    """
-    ranks: dict[str, list[Tensor]] = {}
-    for _, layer in adapted_layers(model):
-        for name, adapter in layer.rank_experts.items():
-            if adapter.settings.router == "task" and not _is_partitioned(adapter):
-                ids = torch.arange(adapter.settings.num_tasks, device=adapter.gate_weight.device)
-                with torch.no_grad():
-                    chosen = adapter.task_gate().route(ids).indices
-                for task, rank in zip(layer.scope.tasks[name], chosen, strict=True):
-                    ranks.setdefault(f"rank_{task}", []).append(rank)
-    return {name: round(float(torch.stack(values).float().mean()), 3) for name, values in ranks.items()}
-
-
-def _is_partitioned(module: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
-
-
 def _task_ids(dataset: Any) -> Any:
     if isinstance(dataset, TaskMixture):
         return dataset.task_ids
@@ -423,37 +414,3 @@ def _knows_tasks(dataset: Any) -> bool:
     # Without reading it: a stream may have no end.
     named = TASK_COLUMN in (getattr(dataset, "column_names", None) or ())
     return named or isinstance(dataset, (TaskMixture, TaskPart))
-
-
-def _roles(model: nn.Module) -> dict[int, str]:
-    roles = {
-        id(parameter): "router"
-        for _, layer in adapted_layers(model)
-        for adapter in layer.rank_experts.values()
-        for parameter in adapter.gate_parameters()
-    }
-    for module in model.modules():
-        if isinstance(module, MultiTaskClassifier):
-            roles |= {id(parameter): "head" for parameter in module.heads.parameters()}
-    return roles
-
-
-def _split_groups(
-    groups: list[dict[str, Any]], roles: dict[int, str], rates: Mapping[str, float | None]
-) -> list[dict[str, Any]]:
-    # Experts first: `Trainer` logs the first group's rate.
-    split = []
-    for role in ("expert", "router", "head"):
-        for group in groups:
-            own = [p for p in group["params"] if roles.get(id(p), "expert") == role]
-            if own:
-                rate = rates.get(role)
-                split.append({**group, "params": own} | ({} if rate is None else {"lr": rate}))
-    return split
-
-
-def _adapter_name(owner: nn.Module) -> str:
-    names = {name for _, layer in adapted_layers(owner) for name in layer.active_adapters}
-    if len(names) != 1:
-        raise ValueError(f"{sorted(names)} are active: a checkpoint holds one adapter. Train one, or wrap a PeftModel.")
-    return names.pop()
