@@ -10,6 +10,7 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import Base
+from ..ops.operands import PLAIN
 
 
 class Features(NamedTuple):
@@ -43,15 +44,12 @@ def base_of(
     if args or kwargs or type(layer) not in (nn.Linear, Conv1D) or not _is_unwatched(layer):
         return Base(_checked(layer, features, args, kwargs or {}))
     weight, bias = layer.weight, layer.bias
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    plain = {type(weight), nn.Parameter if bias is None else type(bias)} <= {Tensor, nn.Parameter}
-    return Base(
-        layer.__call__,
-        weight=weight if frozen and plain else None,  # type: ignore[arg-type]
-        transposed=isinstance(layer, Conv1D),
-        fresh=True,
-        bias=bias if frozen and plain else None,  # type: ignore[arg-type]
-    )
+    transposed = type(layer) is Conv1D
+    if weight.requires_grad or type(weight) not in PLAIN:
+        return Base(layer.__call__, None, transposed, True)
+    if bias is not None and (bias.requires_grad or type(bias) not in PLAIN):
+        return Base(layer.__call__, None, transposed, True)
+    return Base(layer.__call__, weight, transposed, True, bias)
 
 
 def _checked(

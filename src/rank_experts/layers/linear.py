@@ -54,6 +54,7 @@ class RankExpertLinear(nn.Module, MergeableLayer):
         self.path = path
         self.scope = scope
         self.in_features, self.out_features = in_out_features(base_layer, path)
+        self.features = Features(path, self.in_features, self.out_features)
         self.rank_experts: Any = nn.ModuleDict()
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -101,14 +102,14 @@ class RankExpertLinear(nn.Module, MergeableLayer):
         """
         if self.disable_adapters or self.merged:
             return self._without_adapters(x, *args, **kwargs)
-        base = base_of(self.base_layer, Features(self.path, self.in_features, self.out_features), args, kwargs)
+        base = base_of(self.base_layer, self.features, args, kwargs)
         call = current_call(self.scope)
         if call is not None and call.adapter_names is not None:
             return self._mixed_adapters(base.apply(x), x, call)
-        y = None
+        y, adapters = None, self.rank_experts
         for name in self.active_adapters:
-            if name in self.rank_experts:
-                y = self.rank_experts[name](x, base if y is None else given(y))
+            if name in adapters:
+                y = adapters[name](x, base if y is None else given(y))
         return base.apply(x) if y is None else y
 
     def _without_adapters(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
