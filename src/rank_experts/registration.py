@@ -35,8 +35,9 @@ from .config.config import RankExpertConfig
 from .config.method import PEFT_TYPE, peft_type
 from .files.embeddings import saves_embeddings
 from .files.peft import check_files
+from .layers.linear import adapted_layers
 from .messages import warn_once
-from .tuner.tuner import RankExpertModel, adapted_layers, check_state_dict
+from .tuner.tuner import RankExpertModel, check_state_dict
 
 
 def _pass_task_ids() -> None:

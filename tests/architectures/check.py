@@ -26,7 +26,7 @@ from rank_experts import (
     save_rank_experts,
     use_task,
 )
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 from .shrink import tiny_model
 

@@ -19,7 +19,7 @@ from rank_experts import (
     prune_rank_experts,
     save_rank_experts,
 )
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 
 @pytest.fixture(params=BASES)

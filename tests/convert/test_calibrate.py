@@ -11,7 +11,7 @@ from peft import PeftModel
 from models import MODELS, VOCAB, batch
 from rank_experts import RankExpertConfig, export_lora, inject_rank_experts, load_rank_experts, save_rank_experts
 from rank_experts.convert.calibrate import METHODS, Moments, calibrate
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 TARGETS = {
     "llama": ["q_proj", "down_proj"],

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from helpers import assert_unchanged, dense_config, fingerprint, task_config, token_config
 from models import batch, llama
 from rank_experts import inject_rank_experts, merge_rank_experts, unmerge_rank_experts, use_task
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from rank_experts import (
     update_router_bias,
     use_task,
 )
+from rank_experts.layers import adapted_layers
 from rank_experts.reports.recording import record_routing
-from rank_experts.tuner.tuner import adapted_layers
 
 SHAPES = ("llama", "t5", "bert")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}

@@ -10,7 +10,7 @@ from helpers import TASKS, task_config
 from models import batch, bert
 from rank_experts import export_lora, inject_lora, inject_loras, inject_rank_experts, use_task
 from rank_experts.convert.upcycle import split_by_svd
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 TARGETS = {"target_modules": ["query", "value"]}
 

@@ -16,7 +16,7 @@ from rank_experts import inject_lora, inject_loras, inject_rank_experts, load_ra
 from rank_experts.config.config import RankExpertConfig
 from rank_experts.convert.upcycle import force_expert, split_by_svd
 from rank_experts.files.lora import read_lora
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 SHAPES = ("llama", "t5", "bert", "gpt2")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

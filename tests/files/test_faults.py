@@ -17,10 +17,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from helpers import dense_config, task_config, token_config
 from models import batch, llama, vit
 from rank_experts import inject_rank_experts, update_router_bias, use_task
+from rank_experts.layers import adapted_layers
 from rank_experts.routing import contrastive_loss
 from rank_experts.training.balance import count_idle, dead_experts, take_nan_examples
 from rank_experts.training.callbacks import RankExpertCallback
-from rank_experts.tuner.tuner import adapted_layers
 
 SMALL = dict(target_modules=["q_proj", "v_proj"])
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from helpers import CONFIGS, TASKS, assert_unchanged, fingerprint, needs_trained_biases, task_config, token_config
 from models import batch, bert, llama
 from rank_experts import inject_rank_experts, load_rank_experts, save_rank_experts
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 LAYER = "base_model.model.model.layers.1.mlp.down_proj.rank_experts."  # (32, 48)
 PROMISED = {

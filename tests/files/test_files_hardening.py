@@ -33,9 +33,9 @@ from models import batch, bert, llama
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, messages, save_rank_experts
 from rank_experts.files import card, loading
 from rank_experts.files.loading import restore_rank_experts
+from rank_experts.layers import adapted_layers
 from rank_experts.storage import pair, staging
 from rank_experts.storage.pair import is_finite
-from rank_experts.tuner.tuner import adapted_layers
 
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
 SMALL = dict(target_modules=["q_proj", "v_proj"])

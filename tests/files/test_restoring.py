@@ -15,7 +15,7 @@ import models
 from helpers import TASKS, assert_unchanged, dense_config, fingerprint, task_config, token_config
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts
 from rank_experts.files.loading import read_config, restore_rank_experts
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 NARROW = {"target_modules": ["q_proj", "v_proj"]}
 

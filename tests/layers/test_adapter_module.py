@@ -13,8 +13,8 @@ import models
 from gates import GATES, batch, config, logits, peft_model, randomise
 from mixtures import expert_config
 from rank_experts import inject_rank_experts, use_task
+from rank_experts.layers import adapted_layers
 from rank_experts.layers.adapter import RankExpertAdapter
-from rank_experts.tuner.tuner import adapted_layers
 
 EVERY = pytest.mark.parametrize("gate", GATES)
 

@@ -12,8 +12,7 @@ from helpers import task_config
 from models import batch, llama
 from rank_experts import inject_rank_experts
 from rank_experts.calls import Call, RoutingScope
-from rank_experts.layers import AdapterSettings, RankExpertLinear
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import AdapterSettings, RankExpertLinear, adapted_layers
 
 D_IN, D_OUT, R = 5, 7, 6
 

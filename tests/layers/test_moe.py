@@ -18,11 +18,11 @@ from rank_experts import (
     update_router_bias,
     use_task,
 )
+from rank_experts.layers import adapted_layers
 from rank_experts.layers.experts import dispatch
 from rank_experts.reports.recording import record_routing
 from rank_experts.routing import pool_examples, pool_gathered
 from rank_experts.training.lifecycle import add_task, identify_task
-from rank_experts.tuner.tuner import adapted_layers
 
 
 @pytest.fixture(params=BASES)

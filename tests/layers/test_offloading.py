@@ -23,8 +23,8 @@ from rank_experts import (
     unmerge_rank_experts,
     update_router_bias,
 )
+from rank_experts.layers import adapted_layers
 from rank_experts.reports import routing_report
-from rank_experts.tuner.tuner import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*offload.*")
 

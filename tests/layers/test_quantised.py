@@ -20,8 +20,8 @@ from rank_experts import (
     save_rank_experts,
     unmerge_rank_experts,
 )
+from rank_experts.layers import adapted_layers
 from rank_experts.layers.base_weight import keep_weight, quantisation, read_weight, restore_weight, write_weight
-from rank_experts.tuner.tuner import adapted_layers
 
 EVERY = pytest.mark.parametrize("gate", GATES)
 # bitsandbytes packs blocks of 64 weights.

@@ -10,7 +10,7 @@ import models
 from gates import batch, config, logits, peft_model, randomise
 from helpers import TASKS, assert_unchanged, fingerprint
 from rank_experts import use_task
-from rank_experts.tuner.tuner import adapted_layers
+from rank_experts.layers import adapted_layers
 
 WEIGHTS = [0.7, -0.4]
 

@@ -18,9 +18,9 @@ from rank_experts import (
     unmerge_rank_experts,
     use_task,
 )
+from rank_experts.layers import adapted_layers
 from rank_experts.layers.linear import RankExpertLinear
 from rank_experts.tuner.targets import find_targets
-from rank_experts.tuner.tuner import adapted_layers
 
 
 def task_ids(kind, size=4):

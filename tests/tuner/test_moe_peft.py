@@ -12,8 +12,8 @@ from gates import GATES, batch, config, logits, randomise
 from helpers import TASKS, assert_unchanged, fingerprint
 from mixtures import BASES, EXPERTS, adapted, expert_config
 from rank_experts import inject_rank_experts, load_rank_experts, save_rank_experts
+from rank_experts.layers import adapted_layers
 from rank_experts.layers.experts import RankExpertExperts
-from rank_experts.tuner.tuner import adapted_layers
 
 
 @pytest.fixture(params=BASES)

@@ -12,9 +12,9 @@ from gates import GATES, batch, config, logits, peft_model, randomise
 from helpers import assert_unchanged, fingerprint
 from mixtures import EXPERTS
 from rank_experts import inject_rank_experts, load_rank_experts, save_rank_experts, update_router_bias
+from rank_experts.layers import adapted_layers
 from rank_experts.layers.adapter import RankExpertAdapter
 from rank_experts.tuner.names import TENSORS
-from rank_experts.tuner.tuner import adapted_layers
 
 IMPOSSIBLE = ["", "v1.0", "A", "B", "router_weight", "task_embedding", "keys", "train", "values", "rank_experts"]
 WAYS = ["inject", "load", "get_peft_model", "from_pretrained", "add_adapter", "load_adapter", "transformers"]

@@ -28,8 +28,8 @@ import models
 from gates import GATES, batch, config, logits, peft_model, randomise
 from helpers import OLD_PEFT, TASKS
 from rank_experts import RankExpertConfig, inject_rank_experts, load_rank_experts, save_rank_experts, use_task
+from rank_experts.layers import adapted_layers
 from rank_experts.layers.linear import RankExpertLinear
-from rank_experts.tuner.tuner import adapted_layers
 
 pytestmark = pytest.mark.parametrize("gate", GATES)
 

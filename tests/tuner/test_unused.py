@@ -12,8 +12,8 @@ import models
 from gates import GATES, batch, config
 from helpers import assert_unchanged, fingerprint
 from rank_experts import inject_rank_experts
+from rank_experts.layers import adapted_layers
 from rank_experts.layers.adaptable import _READ_BY
-from rank_experts.tuner.tuner import adapted_layers
 
 SIZES = dict(vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=1, pad_token_id=0)
 ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, head_dim=8)

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rank_experts import RankExpertConfig, inject_rank_experts
+from rank_experts.layers import adapted_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,11 @@ class Method:
     def groups(self, model: nn.Module, rate: float) -> list[dict[str, Any]]:
         """Return an optimiser's groups of parameters: those of the adapter's routers, and the rest."""
         # Where every task has an adapter, PEFT lets the one that is switched on alone train.
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad or ".lora_" in name]
-        routers = [p for name, p in named if "router" in name]
-        rest = [p for name, p in named if "router" not in name]
-        if self.router_factor != 1 and not routers:
-            raise LookupError(f"{self.label}: no parameter's name says router, so none learns at a rate of its own.")
+        trained = [p for name, p in model.named_parameters() if p.requires_grad or ".lora_" in name]
+        adapters = [adapter for _, layer in adapted_layers(model) for adapter in layer.rank_experts.values()]
+        routers = [parameter for adapter in adapters for parameter in adapter.gate_parameters()]
+        known = set(map(id, routers))
+        rest = [parameter for parameter in trained if id(parameter) not in known]
         groups = [{"params": rest, "lr": rate}, {"params": routers, "lr": rate * self.router_factor}]
         return [group for group in groups if group["params"]]
 

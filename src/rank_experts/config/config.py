@@ -163,8 +163,8 @@ class RankExpertConfig(PeftConfig):
     def smora(cls, r: int = 64, top_k: int = 8, alpha: float = 16, **kwargs: Any) -> RankExpertConfig:
         """SMoRA: 64 ranks, 8 of them active a token (arXiv 2501.15103, section 4).
 
-        On GLUE `alpha=4`, a scale alpha / top_k of 0.5, was level on held-out examples and better on the reported
-        ones (docs/choose.md).
+        On eight conflicting languages and on GLUE `alpha=8`, a scale alpha / top_k of 1, came out as good or better
+        (docs/choose.md).
         """
         return cls(router="token", r=r, top_k=top_k, alpha=alpha, **kwargs)
 
@@ -172,8 +172,8 @@ class RankExpertConfig(PeftConfig):
     def more(cls, tasks: list[str], r: int = 8, alpha: float = 32, **kwargs: Any) -> RankExpertConfig:
         """MoRE: ranks 1 to 8 to choose from, a task, scaled by r_t / T (arXiv 2505.22694, section 4).
 
-        On GLUE `alpha=16, rank_scaling="none", contrastive_coef=0.01`, a LoRA's scale and a tenth of the contrastive
-        loss, came out better (docs/choose.md).
+        `alpha=16, rank_scaling="none", contrastive_coef=0.01`, a LoRA's scale and a tenth of the contrastive loss,
+        came out better on GLUE and level on eight conflicting languages (docs/choose.md).
         """
         return cls(router="task", tasks=tasks, r=r, alpha=alpha, **kwargs)
 
@@ -188,9 +188,9 @@ class RankExpertConfig(PeftConfig):
     ) -> RankExpertConfig:
         """Build a mixture of `num_experts` LoRAs of `expert_rank` ranks each, `top_k` of them active a token.
 
-        On GLUE a scale alpha / top_k of 2, that of a LoRA of rank 8, came out better than larger ones: `alpha=4`
-        (docs/choose.md). With top_k = 1 a token's one gate is 1 whatever its score, so the task loss does not train
-        the router.
+        A scale alpha / top_k of 1 to 2, that of a LoRA of rank 8, came out better than larger ones, `alpha=4` for
+        top_k = 2 (docs/choose.md). With top_k = 1 a token's one gate is 1 whatever its score, so the task loss does
+        not train the router.
         """
         r = num_experts * expert_rank
         return cls(router="token", r=r, expert_rank=expert_rank, top_k=top_k, alpha=alpha, **kwargs)

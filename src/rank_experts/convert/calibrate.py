@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from ..calls.call import current_call
 from ..calls.padding import token_mask
-from ..layers.linear import RankExpertLinear
+from ..layers.linear import RankExpertLinear, adapted_layers
 from ..layers.offloading import device_of, onloaded
-from ..tuner.tuner import adapted_layers
 from .passes import Batches, check_batches, run_batches
 
 METHODS = ("least-squares", "mean-gate", "no-gate")

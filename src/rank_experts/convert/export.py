@@ -22,12 +22,11 @@ from ..files.layout import PREFIX
 from ..files.saving import config_to_json
 from ..files.state import adapter_config, saved_modules
 from ..layers.experts import ExpertProjection
-from ..layers.linear import RankExpertLinear
+from ..layers.linear import RankExpertLinear, adapted_layers
 from ..layers.offloading import onloaded
 from ..messages import nearest
 from ..storage.pair import CONFIG_FILE, WEIGHTS_FILE
 from ..storage.staging import write_files
-from ..tuner.tuner import adapted_layers
 from .calibrate import CalibrationReport, Factors, calibrate
 from .passes import Batches
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..calls.boundary import uninstall
 from ..layers.experts import ExpertProjection, RankExpertExperts
-from ..layers.linear import RankExpertLinear
-from ..tuner.tuner import adapted_layers, merging
+from ..layers.linear import RankExpertLinear, adapted_layers
+from ..tuner.tuner import merging
 
 
 def merge_rank_experts(

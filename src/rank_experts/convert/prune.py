@@ -16,10 +16,9 @@ from ..config.config import RankExpertConfig
 from ..files.layout import PREFIX
 from ..files.state import adapter_config
 from ..layers.adapter import RankExpertAdapter
-from ..layers.linear import RankExpertLinear
+from ..layers.linear import RankExpertLinear, adapted_layers
 from ..layers.offloading import check_in_place
 from ..reports.recording import RoutingStatistics, record_routing
-from ..tuner.tuner import adapted_layers
 from .passes import Batches, check_batches, run_batches
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..config.config import RankExpertConfig
 from ..files.lora import LoraCheckpoint, read_lora
+from ..layers.linear import adapted_layers
 from ..tuner.injection import inject_rank_experts
 from ..tuner.targets import find_targets
-from ..tuner.tuner import adapted_layers
 from .export import name_targets
 
 _ZERO = 1e-10

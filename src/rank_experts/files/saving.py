@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..config.config import RankExpertConfig
+from ..layers.linear import adapted_layers
 from ..layers.offloading import onloaded
 from ..storage.pair import is_finite, write_pair
-from ..tuner.tuner import adapted_layers
 from .card import write_card
 from .state import adapter_config, adapter_tensors, saved_modules
 

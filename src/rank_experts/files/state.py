@@ -9,8 +9,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config.config import RankExpertConfig
+from ..layers.linear import adapted_layers
 from ..messages import nearest
-from ..tuner.tuner import adapted_layers
 from .embeddings import peft_tensors
 from .layout import PREFIX
 

@@ -22,11 +22,10 @@ from ..calls.padding import token_mask
 from ..calls.scope import Place
 from ..calls.tasks import check_task_ids, numbers_of_tokens, task_ids_of_rows
 from ..calls.use_task import routing_scopes
-from ..layers.linear import RankExpertLinear
+from ..layers.linear import RankExpertLinear, adapted_layers
 from ..layers.offloading import device_of, onloaded
 from ..routing.choice import Routing
 from ..routing.statistics import LayerStatistics, RoutingCounts, layer_statistics, normalised_entropy
-from ..tuner.tuner import adapted_layers
 
 
 class RoutingStatistics:

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config.config import RankExpertConfig
+from ..layers.linear import adapted_layers
 from .names import check_adapter_name
 from .targets import find_targets
-from .tuner import RankExpertModel, adapted_layers
+from .tuner import RankExpertModel
 
 # What PeftModel's classes by task type train and save in full.
 _HEADS: dict[str | None, tuple[str, ...]] = {

@@ -13,12 +13,11 @@ from helpers import TASKS
 from ops.test_compiled import Counting, nodes
 from rank_experts import RankExpertConfig, inject_rank_experts
 from rank_experts.calls import Call, RoutingScope
-from rank_experts.layers import AdapterSettings, RankExpertLinear
+from rank_experts.layers import AdapterSettings, RankExpertLinear, adapted_layers
 from rank_experts.ops import rank_experts_reference
 from rank_experts.ops.backends import cpu
 from rank_experts.ops.backends.cpu.build import library
 from rank_experts.routing import select_experts
-from rank_experts.tuner.tuner import adapted_layers
 
 KINDS = pytest.mark.parametrize("kind", ["token", "dense"])
 
