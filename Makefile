@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml tests/constraints.txt
 
 install: $(STAMP) ## make .venv with the library and everything that its tests need
 
-demo: $(STAMP) ## train LoRA, SMoRA and MoRE on four tasks, on the CPU, in minutes
+demo: $(STAMP) ## train LoRA, SMoRA and MoRE on eight languages, on the CPU, in five minutes
 	$(BIN)/python examples/demo
 
 test: $(STAMP) ## run the tests

@@ -1,58 +1,81 @@
-"""A run's folder, which one process writes and another reads.
-
-demo.json holds the settings, held_out.json the examples and, a folder for each method, its adapter, heads.safetensors,
-logits.safetensors (what the first process predicted) and reloaded.safetensors (what the second did).
-"""
+"""What one process of the demo writes and another reads: the test texts, and each method's adapter, head and logits."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoTokenizer
+from torch import Tensor, nn
 
-from . import adapters
-from .batches import encode
-from .model import MultiTaskModel, load_encoder
-from .tasks import Example
-from .train import predict
+from encoder import Classifier, Encoder, States
+from language_data import Examples
+from language_training import call, new_classifier
+from methods import METHODS, Method
+from rank_experts import load_rank_experts, save_rank_experts
 
 LOGITS, RELOADED = "logits.safetensors", "reloaded.safetensors"
-_SETTINGS, _HELD_OUT, _HEADS = "demo.json", "held_out.json", "heads.safetensors"
+_TEST, _STATES, _HEAD = "test.json", "test-states.pt", "head.safetensors"
 
 
-def save_run(output: Path, model: str, dtype: torch.dtype, examples: Mapping[str, list[Example]]) -> None:
-    """Write what all methods share: the encoder's name, the dtype and the held-out examples."""
-    output.mkdir(parents=True, exist_ok=True)
-    settings = {"model": model, "dtype": str(dtype).removeprefix("torch.")}
-    (output / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (output / _HELD_OUT).write_text(json.dumps(dict(examples), indent=1) + "\n", encoding="utf-8")
+class Test(NamedTuple):
+    """The test texts, what the encoder's lower half says of them, and the languages' names."""
+
+    examples: Examples
+    states: States
+    languages: list[str]
+
+    def save(self, output: Path) -> None:
+        """Write them for the process to come."""
+        texts, languages, labels = self.examples.texts, self.examples.languages, self.examples.labels
+        held = [texts, languages.tolist(), labels.tolist(), self.languages]
+        (output / _TEST).write_text(json.dumps(held) + "\n", encoding="utf-8")
+        self.states.save(output / _STATES)
+
+    @classmethod
+    def load(cls, output: Path) -> Test:
+        """Read them."""
+        texts, numbers, labels, languages = json.loads((output / _TEST).read_text(encoding="utf-8"))
+        examples = Examples(texts, torch.tensor(numbers), torch.tensor(labels))
+        return cls(examples, States.load(output / _STATES), languages)
 
 
-def save_method(folder: Path, model: MultiTaskModel, logits: dict[str, Tensor]) -> None:
-    """Write a method's adapter, heads and predictions."""
-    adapters.save(model.encoder, folder)
-    save_file(model.heads.state_dict(), folder / _HEADS)
-    save_file(logits, folder / LOGITS)
+def save_method(folder: Path, model: nn.Module, logits: Tensor) -> None:
+    """Write an adapter and its head, trained behind one head, and what they predict."""
+    if isinstance(model, PeftModel):  # LoRA is PEFT's own.
+        model.save_pretrained(folder)
+    else:
+        save_rank_experts(model, folder)
+    head = next(module.head for module in model.modules() if isinstance(module, Classifier))
+    save_file(head.state_dict(), folder / _HEAD)
+    save_file({"logits": logits}, folder / LOGITS)
 
 
-def load_method(folder: Path, method: adapters.Method, encoder: str, dtype: torch.dtype) -> MultiTaskModel:
-    """Load a method's adapter and heads into a fresh encoder."""
-    model = MultiTaskModel(adapters.load(load_encoder(encoder), folder, method), dtype, method.routed)
-    model.heads.load_state_dict(load_file(folder / _HEADS))
-    return model
+def load_method(folder: Path, encoder: Encoder, method: Method, bfloat16: bool) -> nn.Module:
+    """Load them into fresh upper layers."""
+    inner = new_classifier(encoder, 1, bfloat16)
+    inner.head.load_state_dict(load_file(folder / _HEAD))
+    return (PeftModel.from_pretrained if method.kind == "lora" else load_rank_experts)(inner, folder)
 
 
-def repeat_predictions(output: Path) -> None:
+@torch.no_grad()
+def predict(model: nn.Module, method: Method, bfloat16: bool, test: Test, language: str | None = None) -> Tensor:
+    """Return the logits (N, 32) of the test texts, or of one language's, in their order."""
+    rows = torch.arange(len(test.examples))
+    if language is not None:
+        rows = rows[test.examples.languages == test.languages.index(language)]
+    model.eval()
+    batches = [call(model, method, bfloat16, test.examples, test.states, own) for own in rows.split(128)]
+    return torch.cat([outputs.logits for outputs in batches])
+
+
+def repeat_predictions(output: Path, bfloat16: bool) -> None:
     """Load every method of a run, predict again, and write that beside the first predictions."""
-    settings = json.loads((output / _SETTINGS).read_text(encoding="utf-8"))
-    held_out = json.loads((output / _HELD_OUT).read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    encoded = encode({task: [Example(*each) for each in examples] for task, examples in held_out.items()}, tokenizer)
-    for name, method in adapters.methods().items():
-        model = load_method(output / name, method, settings["model"], getattr(torch, settings["dtype"]))
-        save_file(predict(model, encoded, tokenizer), output / name / RELOADED)
+    encoder, test = Encoder(), Test.load(output)
+    for folder in sorted(file.parent for file in output.glob(f"*/{LOGITS}")):
+        method = METHODS[folder.name]
+        model = load_method(folder, encoder, method, bfloat16)
+        save_file({"logits": predict(model, method, bfloat16, test)}, folder / RELOADED)

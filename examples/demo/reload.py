@@ -1,11 +1,15 @@
-"""The new process that the demo starts: `python -m demo.reload demo-output`."""
+"""The new process that the demo starts: `python -m demo.reload demo-output bfloat16`."""
 
 import sys
 from pathlib import Path
 
+import torch
+from transformers.utils import logging
+
 from .files import repeat_predictions
-from .model import quieten_transformers
 
 if __name__ == "__main__":
-    quieten_transformers()
-    repeat_predictions(Path(sys.argv[1]))
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    repeat_predictions(Path(sys.argv[1]), sys.argv[2] == "bfloat16")

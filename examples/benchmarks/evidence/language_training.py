@@ -11,13 +11,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-from encoder import TARGETS, Encoder, States
+from encoder import TARGETS, Classifier, Encoder, States
 from language_data import CLASSES, Data, Examples
 from methods import Method
 from rank_experts import update_router_bias
 from records import Settings
 
 WARM_UP = 0.06
+
+
+def new_classifier(encoder: Encoder, heads: int, bfloat16: bool) -> Classifier:
+    """Return the upper layers with one head or several, to put an adapter into."""
+    inner = encoder.classifier(CLASSES, heads)
+    if bfloat16:
+        # What autocast would round anew in every call. Adapters come afterwards and stay float32.
+        for module in inner.encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+    return inner
+
+
+def call(
+    model: nn.Module,
+    method: Method,
+    bfloat16: bool,
+    examples: Examples,
+    states: States,
+    rows: Tensor,
+    **inputs: Tensor,
+) -> Any:
+    """Apply an adapted classifier to some of the examples, by their lower layers' states; return its outputs."""
+    languages = examples.languages[rows]
+    if method.told:
+        inputs["task_ids"] = languages
+    # Without autocast's cache the frozen weights, which are bfloat16 already, cost nothing.
+    with torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+        return model(**states.batch(rows), head_ids=languages, **inputs)
 
 
 class Training:
@@ -34,12 +63,7 @@ class Training:
         self.method, self.examples, self.tasks = method, data.splits["train"], data.languages
         self.bfloat16 = settings["dtype"] == "bfloat16"
         torch.manual_seed(settings["seed"])
-        inner = encoder.classifier(CLASSES, len(data.languages) if settings["heads"] == "each" else 1)
-        if self.bfloat16:
-            # What autocast would round anew in every call. Adapters come afterwards and stay float32.
-            for module in inner.encoder.modules():
-                if isinstance(module, nn.Linear):
-                    module.to(torch.bfloat16)
+        inner = new_classifier(encoder, len(data.languages) if settings["heads"] == "each" else 1, self.bfloat16)
         self.model = method.attach(inner, TARGETS, settings["alpha"], data.languages)
         adapter = method.groups(inner.encoder, settings["rate"])
         self.trained_parameters = sum(p.numel() for group in adapter for p in group["params"])
@@ -86,9 +110,4 @@ class Training:
             yield own, len(own) / len(rows)
 
     def _call(self, examples: Examples, states: States, rows: Tensor, **inputs: Tensor) -> Any:
-        languages = examples.languages[rows]
-        if self.method.told:
-            inputs["task_ids"] = languages
-        # Without autocast's cache the frozen weights, which are bfloat16 already, cost nothing.
-        with torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else contextlib.nullcontext():
-            return self.model(**states.batch(rows), head_ids=languages, **inputs)
+        return call(self.model, self.method, self.bfloat16, examples, states, rows, **inputs)

@@ -12,6 +12,7 @@ length of training with a schedule of its own; the head has a rate of its own. O
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -83,21 +84,25 @@ class Experiment:
             self._states[split, named] = States.load(file)
         return self._states[split, named]
 
+    def train(self, settings: Settings) -> Iterator[tuple[int, Training]]:
+        """Train once; yield (step, training) at the points of the learning curve, the end included."""
+        states, steps = self.states("train", settings["named"]), settings["steps"]
+        training = Training(self.encoder, self.data, METHODS[settings["method"]], settings)
+        for step, batch in enumerate(batches(states.lengths, settings["batch"], steps, settings["seed"]), start=1):
+            training.step(states, batch)
+            if step == steps or step % max(1, steps // POINTS) == 0:
+                yield step, training
+
     def run(self, settings: Settings) -> Record:
         """Train and evaluate once."""
-        data, steps = self.data, settings["steps"]
-        train, held_out = (self.states(split, settings["named"]) for split in ("train", settings["split"]))
-        examples = data.splits[settings["split"]]
-        rows = torch.arange(len(examples))
-        training = Training(self.encoder, data, METHODS[settings["method"]], settings)
-        curve = []
-        for step, batch in enumerate(batches(train.lengths, settings["batch"], steps, settings["seed"]), start=1):
-            training.step(train, batch)
-            if step % max(1, steps // POINTS) == 0 and step < steps:
+        examples, held_out = self.data.splits[settings["split"]], self.states(settings["split"], settings["named"])
+        rows, curve = torch.arange(len(examples)), []
+        for step, training in self.train(settings):
+            if step < settings["steps"]:
                 curve.append([step, *training.evaluate(examples, held_out, rows[::SPARSE])[:2]])
         nll, accuracy, by_language = training.evaluate(examples, held_out, rows)
         result = {"nll": nll, "accuracy": accuracy, "nll_by_language": by_language}
-        result["curve"] = [*curve, [steps, nll, accuracy]]
+        result["curve"] = [*curve, [settings["steps"], nll, accuracy]]
         return {"result": result, "cost": {"trained_parameters": training.trained_parameters}}
 
 

@@ -4,10 +4,10 @@
     python examples/benchmarks/glue/static_export.py demo demo-output
     python examples/benchmarks/glue/static_export.py glue --data GLUE_FOLDER --steps 800  # glue_small.py's arguments
 
-Takes a trained SMoRA adapter, the demo's or one that it trains on GLUE as glue_small.py does, makes it static in
-several ways on training examples, and measures for each the share of the adapter's output energy that it explains
-there, the loss there, and the scores on held-out examples. Records go to docs/results/static_export.json;
-`headline.py` makes tables of them.
+Takes a trained SMoRA adapter, the demo's (eight languages behind one head, which conflict) or one that it trains on
+GLUE as glue_small.py does (a head a task, no conflict), makes it static in several ways on training examples, and
+measures for each the share of the adapter's output energy that it explains there, the loss there, and the scores on
+held-out examples. Records go to docs/results/static_export.json; `headline.py` makes tables of them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from rank_experts.convert.calibrate import METHODS, calibrate, static_adapter
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from demo import adapters
-from demo.batches import encode, evaluation_batches
-from demo.corpus import mine_docstrings
-from demo.files import load_method
-from demo.tasks import Example, make_examples
-from demo.train import accuracy, predict
+from demo.files import Test, load_method, predict
+from languages import Experiment
+from methods import METHODS as ADAPTERS
 
 RECORDS = Path("docs/results/static_export.json")
 Record = dict[str, Any]
@@ -65,17 +61,20 @@ def compare(data: str, model: nn.Module, batches: list[dict[str, Any]], ranks: l
 
 
 def of_demo(options: argparse.Namespace) -> list[Record]:
-    settings = json.loads((options.output / "demo.json").read_text(encoding="utf-8"))
-    held_out = json.loads((options.output / "held_out.json").read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    docstrings = [each for each in mine_docstrings() if not each.held_out]
-    to_calibrate = encode(make_examples(docstrings, options.examples, seed=1), tokenizer)
-    to_evaluate = encode({task: [Example(*each) for each in rows] for task, rows in held_out.items()}, tokenizer)
-    batches = [batch for rows in to_calibrate.values() for batch in evaluation_batches(rows, tokenizer, 64)]
-    model = load_method(options.output / "SMoRA", adapters.methods()["SMoRA"], settings["model"], torch.float32)
+    experiment = Experiment(options.output / "data")
+    train, states = experiment.data.splits["train"], experiment.states("train", True)
+    batches = []
+    for number in range(len(experiment.data.languages)):
+        for own in (train.languages == number).nonzero().flatten()[: options.examples].split(64):
+            inputs = {"head_ids": train.languages[own], "labels": train.labels[own]}
+            batches.append(states.batch(own) | inputs)
+    test, method = Test.load(options.output), ADAPTERS["smora_64_8"]
+    model = load_method(options.output / "smora_64_8", experiment.encoder, method, bfloat16=False).eval()
 
     def score() -> dict[str, float]:
-        return accuracy(predict(model, to_evaluate, tokenizer), to_evaluate)
+        right = predict(model, method, False, test).argmax(-1) == test.examples.labels
+        each = {name: right[test.examples.languages == number] for number, name in enumerate(test.languages)}
+        return {name: found.float().mean().item() for name, found in each.items()}
 
     return compare("demo", model, batches, options.ranks, score)
 
