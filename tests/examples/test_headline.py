@@ -27,13 +27,11 @@ def copy(tmp_path):
     return tmp_path
 
 
+PAGES = ("README.md", "docs/results.md", "docs/export.md", "docs/index.md")
+
+
 def pages(root: Path) -> list[str]:
-    return [(root / name).read_text() for name in ("README.md", "docs/results.md", "docs/export.md")]
-
-
-def record(method: str, seed: int, task: str, metric: str, value: float) -> dict:
-    costs = {"steps": 10, "trainable_parameters": 1000, "active_parameters": 500, "seconds": 2.0}
-    return dict(method=method, seed=seed, task=task, metric=metric, value=value, device="cpu", dtype="float32", **costs)
+    return [(root / name).read_text() for name in PAGES]
 
 
 def test_the_pages_say_what_the_results_say(headline, copy):
@@ -42,31 +40,34 @@ def test_the_pages_say_what_the_results_say(headline, copy):
     assert pages(copy) == before, "run python examples/benchmarks/pages/headline.py"
 
 
-def test_new_results_reach_both_pages(headline, copy):
+def test_new_results_reach_all_pages(headline, copy):
     results = copy / "docs/results"
-    rows = [
-        {"method": "majority class", "accuracy": {"one": 0.5, "two": 0.25}},
-        {"method": "SMoRA", "accuracy": {"one": 0.75, "two": 0.5}, "trainable": 9000, "active": 1234, "seconds": 3.0},
-    ]
-    (results / "demo.json").write_text(json.dumps({"rows": rows}))
-    records = [
-        record(method, seed, task, metric, value + 0.1 * seed)
-        for method, value in (("lora_r8", 0.4), ("smora_r64_k8", 0.5))
-        for seed in (0, 1)
-        for task, metric in (("rte", "accuracy"), ("cola", "matthews"))
-    ]
-    (results / "glue_small.json").write_text(json.dumps(records))
-    (results / "glue_small.md").write_text("# All\n")
+    found = json.loads((results / "languages.json").read_text())
+    found["250 steps"]["smora_64_8"]["accuracy"] = [0.5, 0.25, 5]
+    (results / "languages.json").write_text(json.dumps(found))
+    layers = json.loads((results / "layer.json").read_text())
+    for row in layers["rows"]:
+        row["total"]["value"]["smora native"] = 7.0
+    (results / "layer.json").write_text(json.dumps(layers))
     headline.main(copy)
-    for page, folder in zip(pages(copy)[:2], ("docs/results", "results"), strict=True):
-        assert "| SMoRA | 0.750 | 0.500 | 0.625 | 1,234 |" in page
-        assert "| smora_r64_k8 | 55.0 ± 7.1 |" in page
-        assert f"]({folder}/glue_small.svg)" in page
-        assert f"]({folder}/glue_small.md)" in page
-    assert (results / "glue_small.svg").read_text().count("<svg") == 1
+    readme, results_page, _, home = pages(copy)
+    for page in (readme, results_page, home):
+        assert "| one head for all, 250 steps | 64.6" in page
+        assert "| 50.0 ± 25.0 |" in page
+    assert "takes 7.00 to 7.00 times as long" in readme
+    assert "([performance](docs/performance.md))" in readme
+    assert "([performance](performance.md))" in home
     again = pages(copy)
     headline.main(copy)
     assert pages(copy) == again
+
+
+def test_the_home_page_names_what_lies_outside_of_the_site(headline):
+    text = (
+        '![a](docs/a.svg) [b](docs/b.md#c) [notebook](examples/n.ipynb) <img src="docs/d.svg"> [e](https://e.org/docs/)'
+    )
+    home = '![a](a.svg) [b](b.md#c) notebook (`examples/n.ipynb`) <img src="d.svg"> [e](https://e.org/docs/)'
+    assert headline.home(text) == home
 
 
 def test_a_page_without_its_marks_is_refused(headline):

@@ -1,4 +1,4 @@
-"""Write the figures of the README, docs/results.md and docs/export.md, with their plot, from docs/results.
+"""Write the figures of the README, docs/results.md and docs/export.md, and the home page from the README.
 
     python examples/benchmarks/pages/headline.py
 
@@ -8,20 +8,9 @@ Results that are not there leave their part of a page as it is; beside each tabl
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("svg")
-sys.path.append(str(Path(__file__).resolve().parents[1] / "glue"))
-from matplotlib import pyplot
-
-from glue_data import TASKS
-from glue_methods import MAIN, SCALES, UPPER
-from glue_page import scores
-from glue_page import table as glue_table
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKENS = 4096  # of the layers that the README's table of speed shows
@@ -49,54 +38,30 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def demo(result: dict[str, Any]) -> str:
     """Write the demo's table."""
-    tasks = list(result["rows"][0]["accuracy"])
-    rows = []
-    for found in result["rows"]:
-        values = [found["accuracy"][task] for task in tasks]
-        values.append(sum(values) / len(values))
-        cost = f"{found['active']:,}" if "active" in found else ""
-        rows.append([found["method"], *(f"{value:.3f}" for value in values), cost])
-    return markdown(["accuracy", *tasks, "mean", "active parameters a token"], rows)
+    rows = [
+        [row["method"], f"{row['trained']:,}", *(f"{row['accuracy'][case]:.1%}" for case in ("one", "each"))]
+        for row in result["rows"]
+    ]
+    return markdown(["accuracy, one seed", "trained parameters", "one head", "a head each"], rows)
 
 
-def compared(records: Records) -> tuple[list[str], list[str]]:
-    """Return the tasks and the main methods that the records hold."""
-    tasks = [task for task in TASKS if any(r["task"] == task for r in records)]
-    return tasks, [method for method in MAIN | SCALES | UPPER if any(r["method"] == method for r in records)]
-
-
-def glue(records: Records) -> str:
-    """Write the table of the GLUE benchmark's main methods."""
-    tasks, methods = compared(records)
-    steps = sorted({r["steps"] for r in records})
-    intro = (
-        f"One adapter for {len(tasks)} GLUE tasks, {' or '.join(map(str, steps))} steps: scores in percent, with the "
-        "standard deviation where a method ran with several seeds (`examples/benchmarks/glue/glue_small.py`)."
+def languages(result: dict[str, Any]) -> str:
+    """Write the accuracies of the languages' main methods, by training length and where there is no conflict."""
+    methods = {"lora_64": "LoRA r=64", "lora_96": "LoRA r=96", "smora_64_8": "SMoRA 64/8", "more_8": "MoRE r=8"}
+    cases = {f"one head for all, {steps}": steps for steps in ("250 steps", "1,000 steps", "2,000 steps")}
+    rows, seeds = [], set()
+    for case, name in (cases | {"a head each, 250 steps": "a head each"}).items():
+        cells = []
+        for method in methods:
+            mean, half, count = result[name].get(method, {}).get("accuracy", (None, None, None))
+            cells.append("–" if count is None else f"{100 * mean:.1f} ± {100 * half:.1f}")
+            seeds |= {count} - {None}
+        rows.append([case, *cells])
+    about = (
+        f"Accuracy on unseen texts in percent, mean over {' or '.join(map(str, sorted(seeds)))} seeds ± half of the "
+        "95 % interval. LoRA r=96 trains as many parameters as SMoRA, MoRE a sixth of that."
     )
-    picture = "![Mean score of each method, a point a seed](results/glue_small.svg)"
-    return "\n\n".join([intro, picture, "\n".join(glue_table(records, methods, tasks))])
-
-
-def glue_plot(records: Records, file: Path) -> None:
-    """Draw each method's mean over tasks, with the runs of all seeds as points."""
-    tasks, methods = compared(records)
-    matplotlib.rcParams["svg.hashsalt"] = "rank_experts"  # The same results give the same file.
-    figure, axes = pyplot.subplots(figsize=(7, 0.5 + 0.45 * len(methods)))
-    for place, method in enumerate(methods):
-        found = [scores(records, method, task) for task in tasks]
-        seeds = set.intersection(*(set(each) for each in found))
-        means = [sum(each[seed] for each in found) / len(tasks) for seed in sorted(seeds)]
-        axes.barh(place, sum(means) / len(means), color="tab:orange" if "lora" in method else "tab:blue", alpha=0.6)
-        axes.plot(means, [place] * len(means), "k.", markersize=6)
-    axes.set(
-        yticks=range(len(methods)), yticklabels=methods, xlabel=f"mean score of {len(tasks)} GLUE tasks, a point a seed"
-    )
-    axes.invert_yaxis()
-    lowest = min(patch.get_width() for patch in axes.patches)
-    axes.set_xlim(left=max(0.0, lowest - 10))
-    figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
+    return f"{about}\n\n{markdown(['eight languages', *methods.values()], rows)}"
 
 
 def speed(result: dict[str, Any]) -> str:
@@ -112,10 +77,33 @@ def speed(result: dict[str, Any]) -> str:
     return markdown([*head, "the same, PyTorch", "bytes kept for backward"], rows)
 
 
+def cost(result: dict[str, Any]) -> str:
+    """Say in a sentence what an adapted layer costs beside PEFT's LoRA of the same rank."""
+
+    def span(tokens: int) -> str:
+        found = [row["total"]["value"]["smora native"] for row in result["rows"] if row["tokens"] == tokens]
+        return f"{min(found):.2f} to {max(found):.2f}"
+
+    return (
+        f"SMoRA with 8 of 64 ranks takes {span(TOKENS)} times as long as PEFT's LoRA with 64, a layer forward and "
+        f"backward on {TOKENS:,} tokens, on two CPU cores; on a single token {span(1)} "
+        "([performance](performance.md))."
+    )
+
+
+def home(readme: str) -> str:
+    """Return the site's first page: the README, where links start in docs and files outside of it are named."""
+    text = re.sub(r'(\]\(|src=")docs/', r"\1", readme)
+    return re.sub(r"\[([^\]]+)\]\(((?:examples|\.github)/[^)]+)\)", r"\1 (`\2`)", text)
+
+
 def static_forms(records: Records) -> str:
     """Write how well static LoRAs stand for a token-routed adapter, a table for each set of data."""
     tables = []
-    for data, title in {"demo": "On the demo:", "glue": "On GLUE, seven tasks:"}.items():
+    for data, title in {
+        "demo": "Eight languages behind one head, the demo's adapter:",
+        "glue": "GLUE, seven tasks, a head each:",
+    }.items():
         if not (own := [record for record in records if record["data"] == data]):
             continue
         rows = []
@@ -139,26 +127,25 @@ def main(root: Path = ROOT) -> None:
     """Rewrite the pages' parts."""
     results = root / "docs/results"
     parts = {}
-    for name, write in {
-        "demo": demo,
-        "glue_small": glue,
-        "layer": speed,
-        "fuzz": fuzz,
-        "static_export": static_forms,
+    for part, (name, write) in {
+        "demo": ("demo", demo),
+        "languages": ("languages", languages),
+        "layer": ("layer", speed),
+        "cost": ("layer", cost),
+        "fuzz": ("fuzz", fuzz),
+        "static_export": ("static_export", static_forms),
     }.items():
         if (file := results / f"{name}.json").exists():
-            parts[name] = write(json.loads(file.read_text()))
-    if "glue_small" in parts:
-        glue_plot(json.loads((results / "glue_small.json").read_text()), results / "glue_small.svg")
-        if (results / "glue_small.md").exists():
-            parts["glue_small"] += "\n\n[All figures, ablations and learning rates](results/glue_small.md)."
-    pages = {"README.md": "docs/results/", "docs/results.md": "results/", "docs/export.md": "results/"}
+            parts[part] = write(json.loads(file.read_text()))
+    pages = {"README.md": "docs/", "docs/results.md": "", "docs/export.md": ""}
     for page, folder in ((root / name, folder) for name, folder in pages.items()):
         text = page.read_text(encoding="utf-8")
         for part, content in parts.items():
             if f"<!-- {part}: " in text:
-                text = replaced(text, part, content.replace("](results/", f"]({folder}"))
+                content = re.sub(r"\]\((\w+\.md|results/)", rf"]({folder}\1", content)
+                text = replaced(text, part, content)
         page.write_text(text, encoding="utf-8")
+    (root / "docs/index.md").write_text(home((root / "README.md").read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
