@@ -9,6 +9,7 @@ PIP_VLLM := $(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow check format clean bench bench-gpu bench-vllm test-vllm architectures docs build
 .PHONY: evidence-conflict evidence-languages evidence-diagnosis evidence-instructions release-check works-with compat fuzz
+.PHONY: works-with-axolotl
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
@@ -106,6 +107,18 @@ works-with: $(STAMP) ## run the tests of trl, bitsandbytes, torchao, lm_eval, on
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation "deepspeed>=0.19"
 	$(BIN)/python -m pytest tests/training/test_trainers.py tests/training/test_trl_references.py tests/layers/test_quantised.py tests/training/test_lm_eval.py tests/training/test_distributed.py tests/calls/test_onnx.py
 
+# axolotl pins its packages and asks for Python 3.12, and takes PyTorch's build for CUDA, which computes on a CPU too:
+# several gigabytes. `PYTHON312=…/python3.12 make works-with-axolotl` where it has another name.
+PYTHON312 ?= python3.12
+$(VENV)-axolotl/.installed: pyproject.toml
+	$(PYTHON312) -m venv $(VENV)-axolotl
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" "axolotl==0.21.0" pytest -e .
+	@touch $@
+
+works-with-axolotl: $(VENV)-axolotl/.installed ## train adapters by axolotl's command line
+	$(VENV)-axolotl/bin/python -m pytest -m axolotl tests/integrations/axolotl
+
 # A second environment with the oldest supported peft and transformers; the first one has the newest.
 compat: $(STAMP) ## run the tests with the oldest and the newest supported peft and transformers
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -132,4 +145,4 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm dist build site demo-output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-axolotl dist build site demo-output .pytest_cache .ruff_cache .mypy_cache
