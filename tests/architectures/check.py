@@ -7,6 +7,7 @@ them; or the mixture is refused by an error that names a module.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import tempfile
@@ -28,7 +29,7 @@ from rank_experts import (
 )
 from rank_experts.layers import adapted_layers
 
-from .shrink import tiny_model
+from .shrink import VARIANTS, tiny_model
 
 TASKS = ["a", "b", "c"]
 LENGTHS = (6, 5, 3)  # a multiple of the batch, none, and the batch's own size
@@ -40,13 +41,18 @@ Steps = dict[str, str]
 def check(model_type: str, class_name: str) -> dict[str, Any]:
     """Try an architecture; return step to "ok", "refused: …" or what went wrong, for LoRA and for both gates."""
     warnings.simplefilter("ignore")
-    make = lambda: tiny_model(model_type, class_name)  # noqa: E731
-    try:
-        inputs = batch(make(), LENGTHS[1])
-        with torch.no_grad():
-            outputs_of(make(), inputs)
-    except Exception as error:
-        return {"verdict": "not tried", "why": _said(error)}
+    why = ""
+    for variant in range(len(VARIANTS)):
+        make = functools.partial(tiny_model, model_type, class_name, variant)
+        try:
+            inputs = batch(make(), LENGTHS[1])
+            with torch.no_grad():
+                outputs_of(make(), inputs)
+            break
+        except Exception as error:
+            why = why or _said(error)
+    else:
+        return {"verdict": "not tried", "why": why}
     lora, unused = _lora(make, inputs)
     found = {"lora": lora, "token": _token(make, inputs, unused), "task": _task(make, inputs, unused)}
     return {"verdict": verdict(found), "unused": sorted(unused)[:1], "num_unused": len(unused), **found}
@@ -69,11 +75,7 @@ def batch(model: nn.Module, length: int, size: int = 3) -> dict[str, Tensor]:
     config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
     if main == "pixel_values" and "input_ids" not in names:
-        vision = getattr(config, "vision_config", config)
-        side = getattr(vision, "image_size", 32)
-        side = side if isinstance(side, int) else side[0]
-        shape = (size, getattr(vision, "num_channels", 3), side, side)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
+        return {"pixel_values": _images(config, size, generator)}
     if main in ("input_features", "input_values") and "input_ids" not in names:
         mels = getattr(config, "num_mel_bins", getattr(config, "feature_size", 16))
         frames = 2 * getattr(config, "max_source_positions", 40)
@@ -84,9 +86,18 @@ def batch(model: nn.Module, length: int, size: int = 3) -> dict[str, Tensor]:
         inputs = {"input_ids": ids}
         if "attention_mask" in names:
             inputs["attention_mask"] = torch.ones_like(ids)
+        if "pixel_values" in names and names["pixel_values"].default is inspect.Parameter.empty:
+            inputs["pixel_values"] = _images(config, size, generator)
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.randint(4, 100, (size, 4), generator=generator)
     return inputs
+
+
+def _images(config: Any, size: int, generator: torch.Generator) -> Tensor:
+    vision = getattr(config, "vision_config", config)
+    side = getattr(vision, "image_size", 32)
+    side = side if isinstance(side, int) else side[0]
+    return torch.randn((size, getattr(vision, "num_channels", 3), side, side), generator=generator)
 
 
 def outputs_of(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
@@ -145,6 +156,8 @@ def _lora(make: Callable[[], nn.Module], inputs: dict[str, Tensor]) -> tuple[Ste
     if model is not None:
         _try(steps, "forward", lambda: outputs_of(model, inputs))
         unused = _try(steps, "training", lambda: _train(model, inputs)) or set()
+        if getattr(model, "supports_gradient_checkpointing", False):
+            _try(steps, "checkpointing", lambda: _checkpointed(model, inputs, {}, unused))
     return steps, unused
 
 

@@ -45,6 +45,20 @@ _NAMES = {
     "max_source_positions",
 }
 _SMALL = {name: value for value, names in _NAMES.items() for name in names.split()}
+_HEAD_SIZES, _LAYERS = _NAMES[8].split(), [name for name in _NAMES[2].split() if "layer" in name or name == "depth"]
+# Nothing is dropped at random, and nothing masked: what gets no gradient gets none in any run.
+_QUIET = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "apply_spec_augment": False}
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    dict.fromkeys(_HEAD_SIZES),  # Sizes that must fit others keep their own.
+    dict.fromkeys(_LAYERS, 12),  # Hybrids have one layer of attention among several others.
+    dict.fromkeys(_HEAD_SIZES) | dict.fromkeys(_LAYERS, 12),
+    {"num_key_value_heads": _HEADS},  # As many as heads, where keys are made of a latent.
+    dict.fromkeys(_HEAD_SIZES) | dict.fromkeys(_NAMES[_WIDTH].split(), 64 * _HEADS),  # Rotary sections of 64.
+    {"image_size": None, "patch_size": None},
+)
+"""What differs in each way of shrinking: name to number, None: as it is; of an architecture the first counts whose
+forward runs."""
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "unk_token_id": 3}
 
 
@@ -57,12 +71,12 @@ def architectures() -> dict[str, tuple[str, str]]:
     return dict(sorted(found.items()))
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+def tiny_config(model_type: str, variant: int = 0) -> PreTrainedConfig:
     """Return a config of an architecture with small numbers."""
-    return _shrunk(configuration_auto.CONFIG_MAPPING[model_type])
+    return _shrunk(configuration_auto.CONFIG_MAPPING[model_type], _SMALL | VARIANTS[variant])
 
 
-def tiny_model(model_type: str, class_name: str) -> nn.Module:
+def tiny_model(model_type: str, class_name: str, variant: int = 0) -> nn.Module:
     """Return a randomly initialised model of an architecture, in evaluation mode and float32.
 
     Raises:
@@ -70,7 +84,7 @@ def tiny_model(model_type: str, class_name: str) -> nn.Module:
     """
     import transformers
 
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, variant)
     with torch.device("meta"):
         size = sum(p.numel() for p in getattr(transformers, class_name)(config).parameters())
     if size > MOST_PARAMETERS:
@@ -79,16 +93,18 @@ def tiny_model(model_type: str, class_name: str) -> nn.Module:
     return getattr(transformers, class_name)(config).float().eval()
 
 
-def _shrunk(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _shrunk(config_class: type[PreTrainedConfig], sizes: dict[str, int | None]) -> PreTrainedConfig:
     default = config_class()
     small: dict[str, Any] = {}
     for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):
-            small[name] = _shrunk(type(value)).to_dict()
+            small[name] = _shrunk(type(value), sizes).to_dict()
         elif name in _TOKENS and isinstance(value, int):
             small[name] = _TOKENS[name]
-        elif name in _SMALL and isinstance(value, int) and not isinstance(value, bool) and value > _SMALL[name]:
-            small[name] = _SMALL[name]
+        elif name in _QUIET:
+            small[name] = _QUIET[name]
+        elif (size := sizes.get(name)) is not None and type(value) is int and value > size:
+            small[name] = size
         elif name in ("depths", "num_layers_per_stage") and isinstance(value, (list, tuple)):
             small[name] = [1] * len(value)
         elif name in ("num_heads", "num_attention_heads") and isinstance(value, (list, tuple)):
