@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, merge, export, inspect.
+"""The command line: diagnose, train, evaluate, merge, export, inspect.
 
 A package of its own, because importing `rank_experts` imports torch and PEFT, which takes seconds: help and mistyped
 arguments are answered without. The library is imported when a command runs. What a user can mend is said in a line or
@@ -16,7 +16,7 @@ from pathlib import Path
 _RECIPE = "a YAML file: model, adapter, tasks and training, see docs/training.md"
 _OVERRIDES = "values that replace the recipe's, for instance training.learning_rate=1e-3"
 _ADAPTER = "the adapter's folder"
-_EXTRAS = {"train": "train", "evaluate": "train"}
+_EXTRAS = {"diagnose": "train", "train": "train", "evaluate": "train"}
 _BASE = "the base model, where it is not the one that the adapter names"
 _CODE = "run the code that comes with the base model; never without this"
 
@@ -65,6 +65,20 @@ def _parser() -> argparse.ArgumentParser:
         own = commands.add_parser(name, help=text, description=text)
         own.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
         return own
+
+    diagnose = add(
+        "diagnose", "Say whether a recipe's tasks are in each other's way: whether routing can win anything."
+    )
+    diagnose.add_argument("recipe", type=Path, metavar="RECIPE", help=_RECIPE)
+    diagnose.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    diagnose.add_argument(
+        "--examples", type=int, default=400, metavar="N", help="of each task, at most; default: %(default)s"
+    )
+    diagnose.add_argument("--steps", type=int, default=100, metavar="N", help="of a training; default: %(default)s")
+    diagnose.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="2 to 10; more narrow the interval; default: %(default)s"
+    )
+    diagnose.add_argument("--html", type=Path, metavar="FILE", help="write the report there too, as one page")
 
     train = add("train", "Train an adapter on several tasks, as a YAML recipe says.")
     train.add_argument("recipe", type=Path, metavar="RECIPE", help=_RECIPE)

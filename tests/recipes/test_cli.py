@@ -195,13 +195,17 @@ print(*sorted({"torch", "transformers", "peft", "rank_experts"} & set(sys.module
 """
 
 
+COMMANDS = ("diagnose", "train", "evaluate", "merge", "inspect")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--help"], 0, "train|evaluate|merge|export|inspect"),
-        *(([name, "--help"], 0, f"usage: rank-experts {name}") for name in ("train", "evaluate", "merge", "inspect")),
+        (["--help"], 0, "diagnose|train|evaluate|merge|export|inspect"),
+        *(([name, "--help"], 0, f"usage: rank-experts {name}") for name in COMMANDS),
         (["export", "--help"], 0, "token-routed"),
         ([], 2, "the following arguments are required: COMMAND"),
+        (["diagnose", "recipe.yaml", "--seeds", "few"], 2, "argument --seeds: invalid int value"),
         (["trian"], 2, "invalid choice: 'trian'"),
         (["export", "a", "out", "--task", "rte", "--all-tasks"], 2, "not allowed with argument --task"),
         (["merge", "adapter"], 2, "the following arguments are required: OUT"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_tasks_that_want_different_outputs_conflict(visible, word):
     # Around the best compromise tasks pull apart: three that sum to nothing are at -1/2.
     (cosines,) = conflict.cosines.values()
     assert list(conflict.cosines) == ["layer"]
+    assert conflict.common["layer"] > 0.9  # They read the same subspace.
     off = cosines[~torch.eye(3, dtype=torch.bool)]
     assert off.mean() == pytest.approx(-0.5, abs=0.2)
 
@@ -88,16 +90,52 @@ def test_tasks_with_one_update_do_not():
 
 def test_the_interval_decides():
     losses = {"start": torch.tensor([2.0]), "shared": torch.tensor([1.1]), "alone": torch.tensor([1.0])}
-    values = {"tasks": ["a"], **losses, "visible": 1.0, "cosines": {}}  # 0.05 of what is learnt counts
+    values = {"tasks": ["a"], **losses, "visible": 1.0, "cosines": {}, "common": {}}  # 0.05 of what is learnt counts
     assert TaskConflict(room=0.1, half=0.04, **values).verdict == "conflict"
     assert TaskConflict(room=0.1, half=0.06, **values).verdict == "unclear"
     assert TaskConflict(room=0.0, half=0.04, **values).verdict == "none"
     assert TaskConflict(room=-0.5, half=0.3, **values).verdict == "none"
     text = str(TaskConflict(room=0.1, half=0.06, **values))
-    assert "room +0.1000 ± 0.0600, of 1.0000 that training takes off the loss" in text
+    assert "room: +0.1000 ± 0.0600, of 1.0000 that training takes off the loss" in text
     assert "unclear: It cannot be told: the interval" in text
     nothing = TaskConflict(room=0.1, half=0.01, **values | {"start": torch.tensor([0.9])})
     assert (nothing.verdict, "nothing was learnt" in nothing.advice) == ("unclear", True)
+
+
+def test_layers_are_named_those_first_that_pull_tasks_apart_most(tmp_path):
+    apart, together = torch.tensor([[1.0, -0.4], [-0.4, 1.0]]), torch.tensor([[1.0, 0.2], [0.2, 1.0]])
+    cosines = {"together": together, "noise": torch.full((2, 2), torch.nan), "apart": apart}
+    common = {"together": 0.25, "noise": torch.nan, "apart": 0.75}
+    losses = {"start": torch.tensor([2.0, 2.0]), "shared": torch.tensor([1.1, 1.3]), "alone": torch.tensor([1.0, 1.0])}
+    values = {"tasks": ["a", "b\x1b"], **losses, "room": 0.2, "half": 0.0, "visible": 1.0}
+    conflict = TaskConflict(**values, cosines=cosines, common=common)
+    assert [layer.path for layer in conflict.layers] == ["apart", "together", "noise"]
+    assert conflict.layer_rows()[1:] == [["apart", "-0.40", "75%"], ["together", "+0.20", "25%"], ["noise", "", ""]]
+    assert conflict.mean_cosines[0, 1] == pytest.approx(-0.1)
+    text = str(conflict)
+    assert "apart       -0.40        75%" in text
+    assert "b\\x1b" in text
+    conflict.save(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page == conflict.to_html()
+    assert page.count("-0.10") == 2
+    assert "conflict: Route" in page
+
+
+def test_it_says_early_how_long_it_takes(monkeypatch):
+    expected, steps = [], []
+    train = Adapters.train
+
+    def watched(self, examples, rate, count, seed, stepped=None):
+        train(self, examples, rate, count, seed, lambda step: (steps.append(step), stepped(step)))
+
+    monkeypatch.setattr(Adapters, "train", watched)
+    start = time.perf_counter()
+    found(conflict=True, steps=40, expect=lambda seconds: expected.append((seconds, len(steps))))
+    took = time.perf_counter() - start
+    ((seconds, at),) = expected
+    assert at == 4
+    assert took / 5 < seconds < took * 5
 
 
 def test_the_model_is_afterwards_what_it_was():

@@ -198,21 +198,24 @@ def training_arguments(recipe: Recipe, **changes: Any) -> TrainingArguments:
         raise ValueError(f"training: {error}") from error
 
 
+def collator(recipe: Recipe, tokenizer: Any) -> Any:
+    """Return what makes a padded batch of prepared examples; of text it pads the labels too, with −100."""
+    if recipe.model.kind == "classification":
+        return transformers.DataCollatorWithPadding(tokenizer)
+    return transformers.DataCollatorForSeq2Seq(tokenizer)
+
+
 def build_trainer(
     recipe: Recipe, model: Any, data: dict[str, PreparedTask], tokenizer: Any, args: TrainingArguments
 ) -> RankExpertTrainer:
     """Put model, data and arguments into a trainer."""
-    pad = transformers.DataCollatorWithPadding(tokenizer)
-    if recipe.model.kind != "classification":
-        # Pads labels too, with −100.
-        pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # type: ignore[assignment]
     tasks = _tasks_of(model, recipe)
     return RankExpertTrainer(
         model,
         args,
         train_dataset=TaskMixture({name: task.train for name, task in data.items()}, tasks),
         eval_dataset=TaskMixture({name: task.validation for name, task in data.items()}, tasks),
-        data_collator=pad,
+        data_collator=collator(recipe, tokenizer),
         processing_class=tokenizer,
         metrics={name: task.metrics(recipe.model.kind) for name, task in recipe.tasks.items()},
         sampling=recipe.data.sampling,

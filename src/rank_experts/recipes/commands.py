@@ -77,6 +77,38 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def diagnose(args: argparse.Namespace) -> int:
+    """Say whether the tasks of a recipe conflict."""
+    recipe = _recipe(args)
+    from .assemble import training_arguments
+    from .diagnose import diagnose_recipe
+
+    training = training_arguments(recipe, report_to=[])
+    data, tokenizer = _data(args, recipe)
+    each = f"{args.seeds} seeds, each with a training of one LoRA for all tasks and one of a LoRA for each"
+    print(f"{len(data)} tasks; {each}, {args.steps} steps.", flush=True)
+    found = diagnose_recipe(
+        recipe,
+        data,
+        tokenizer,
+        device=training.device,
+        examples=args.examples,
+        steps=args.steps,
+        seeds=args.seeds,
+        expect=lambda seconds: print(f"This takes about {_duration(seconds)}.\n", flush=True),
+    )
+    print(found)
+    if args.html is not None:
+        found.save(args.html)
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def _recipe(args: argparse.Namespace) -> Any:
     from .recipe import read_recipe
 

@@ -6,7 +6,6 @@ A section is a function that returns its HTML, or nothing where the report has n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..routing.statistics import MOST_COMPARED, LayerStatistics, mean_similarity
 from . import charts
 from .contents import Contents
-from .style import PAGE, STYLE, colours
+from .style import figures, page, section
 from .tables import layer_rows
 
 _OTHER = "other layers"
@@ -25,42 +24,21 @@ _MOST = 24
 
 def render(report: Contents) -> str:
     """Return the page."""
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.facts.items())
-    findings = "".join(
-        f'<li class="{found.level}"><span>{"!" if found.level == "warning" else "·"}</span>{escape(found.text)}</li>'
-        for found in report.findings
-    )
     compared = [layer.first_tasks(MOST_COMPARED) for layer in report.layers]
     sections = [
         _load(report.layers),
-        *(section(compared, report.tasks[:MOST_COMPARED]) for section in (_ranks, _usage, _sharing, _map)),
+        *(part(compared, report.tasks[:MOST_COMPARED]) for part in (_ranks, _usage, _sharing, _map)),
         _history(report.history),
         _bias(report.layers),
         _updates(report.layers),
         _all_layers(report.layers),
     ]
-    return PAGE.format(
-        title=escape(report.title),
-        style=STYLE + colours(),
-        facts=facts,
-        findings=findings,
-        sections="\n".join(section for section in sections if section),
-    )
+    return page(report.title, report.facts, report.findings, sections)
 
 
 def _all_layers(layers: Sequence[LayerStatistics]) -> str:
     rows = layer_rows(layers)
     return f"<details><summary>All layers as a table</summary>{charts.table(rows)}</details>" if rows else ""
-
-
-def _section(title: str, text: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{''.join(parts)}</section>"
-
-
-def _cards(cards: Mapping[str, str], layout: str = "cards") -> str:
-    named = [(escape(name), card) for name, card in cards.items()]
-    items = "".join(f'<figure><figcaption title="{k}">{k}</figcaption>{v}</figure>' for k, v in named)
-    return f'<div class="{layout}">{items}</div>'
 
 
 def group_by_kind(paths: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
@@ -107,7 +85,7 @@ def _layer_cards(
             rows.append((name, charts.strip(classes, f"{layers[i].path}: {value} {number}"), number))
         start = int(noun == "rank")  # experts are counted from 0, as in the code; ranks from 1, as in r_t
         cards[kind] = charts.strips(rows, (f"{noun} {start}", str(widest - 1 + start)), value)
-    return _cards(cards)
+    return figures(cards)
 
 
 def _load(layers: Sequence[LayerStatistics]) -> str:
@@ -120,7 +98,7 @@ def _load(layers: Sequence[LayerStatistics]) -> str:
         return [charts.load_class(value) for value in ([] if load is None else load.tolist())], f"{layer.load_cv:.2f}"
 
     scale = [f"b{i}" for i in (10, 7, 4)] + ["n"] + [f"o{i}" for i in (4, 7, 10)]
-    return _section(
+    return section(
         "Load of the experts",
         "A row is a layer, a cell an expert. Grey is the fair share of the tokens; the number is the load's standard "
         "deviation over its mean (cv), 0 where the load is even.",
@@ -139,7 +117,7 @@ def _bias(layers: Sequence[LayerStatistics]) -> str:
         bias = torch.zeros(1) if layer.balance_bias is None else layer.balance_bias
         return [charts.signed(-value / largest) for value in bias.tolist()], f"{float(bias.abs().max()):.3f}"
 
-    return _section(
+    return section(
         "Balancing bias",
         "What balancing added to an expert's score. Experts that it had to lift would be chosen too rarely without "
         "it, those that it holds back too often. The number is the layer's largest.",
@@ -156,7 +134,7 @@ def _updates(layers: Sequence[LayerStatistics]) -> str:
 
     if not any(layer.update_norm.any() for layer in layers):
         return ""
-    return _section(
+    return section(
         "Size of each rank's update",
         "‖A‖ · ‖B‖ of every rank, relative to the layer's largest, which is the number. Faint ranks hardly change what "
         "the model does, however often they are chosen.",
@@ -186,13 +164,13 @@ def _ranks(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
         ]
         texts = [[str(number) for number in row] for row in numbers]
         cards[kind] = charts.matrix([name for name, _ in members], tasks, classes, texts)
-    return _section(
+    return section(
         "Tasks and ranks",
         "A task uses its first ranks. Above, the share of the layers in which it uses each rank, and the mean rank "
         "that it chose; below, what it chose in each layer.",
         charts.legend([("in no layer … in all layers", ["q0", "q3", "q6", "q10"])]),
         f'<div class="wide">{charts.strips(rows, ("rank 1", str(r)), "mean")}</div>',
-        _cards(cards, "cards loose"),
+        figures(cards, "cards loose"),
     )
 
 
@@ -217,13 +195,13 @@ def _usage(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
         cards[caption] = charts.strips(rows, ("expert 0", str(layer.num_experts - 1)))
     first = dict(list(cards.items())[:_FIRST])
     rest = dict(list(cards.items())[_FIRST:])
-    more = f"<details><summary>{len(rest)} more layers</summary>{_cards(rest)}</details>" if rest else ""
-    return _section(
+    more = f"<details><summary>{len(rest)} more layers</summary>{figures(rest)}</details>" if rest else ""
+    return section(
         "Tasks and experts",
         "How often a task's tokens choose each expert, in the layers where the tasks differ most. Where two rows have "
         "their strong cells apart, the tasks use experts of their own.",
         charts.legend([("never … most often in this layer", ["q0", "q3", "q6", "q10"])]),
-        _cards(first),
+        figures(first),
         more,
     )
 
@@ -253,11 +231,11 @@ def _sharing(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
         )
     if rows:
         cards["by depth, mean over pairs of tasks"] = charts.strips(rows, ("first block", "last"), "mean")
-    return _section(
+    return section(
         "Experts shared between tasks",
         "What two tasks' use of the experts has in common, in the mean over layers: 100 % where they use the same "
         "experts equally often, 0 where they share none.",
-        _cards(cards),
+        figures(cards),
     )
 
 
@@ -280,11 +258,11 @@ def _map(layers: Sequence[LayerStatistics], tasks: Sequence[str]) -> str:
         points = torch.cat([usage.nan_to_num() for usage in used], -1)
         what = "use of the experts"
     places, share = charts.principal_plane(points)
-    return _section(
+    return section(
         "Map of the tasks",
         f"The tasks' {what} in all layers, projected onto the plane that keeps most of their spread (PCA). Near tasks "
         "are alike.",
-        _cards({f"by {what}": charts.scatter(tasks, places, (f"{share[0]:.0%} of spread →", f"↑ {share[1]:.0%}"))}),
+        figures({f"by {what}": charts.scatter(tasks, places, (f"{share[0]:.0%} of spread →", f"↑ {share[1]:.0%}"))}),
     )
 
 
@@ -308,6 +286,6 @@ def _history(history: Sequence[Mapping[str, Any]]) -> str:
         cards["mean rank by task"] = charts.lines(ranks)
     if not cards:
         return ""
-    return _section(
-        "During the training", "From the trainer's log history; loads are means over the layers.", _cards(cards)
+    return section(
+        "During the training", "From the trainer's log history; loads are means over the layers.", figures(cards)
     )

@@ -1,8 +1,12 @@
-"""The frame and the style sheet of the report's page."""
+"""The frame and the style sheet of the reports' pages: no scripts, no links, nothing loaded from anywhere."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from html import escape
+
 from .charts import STEPS
+from .findings import Finding
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -78,12 +82,46 @@ details{margin-top:14px}summary{cursor:pointer;color:var(--muted);margin-bottom:
 
 
 def colours() -> str:
-    """Return the rules of the colour classes that `report_charts` names."""
+    """Return the rules of the colour classes that `charts` names."""
     rules = []
     for i in range(STEPS + 1):
         share = 100 * i // STEPS
         rules.append(f".q{i}{{--c:color-mix(in oklab,var(--much) {share}%,var(--little))}}")
         rules.append(f".b{i}{{--c:color-mix(in oklab,var(--below) {share}%,var(--even))}}")
         rules.append(f".o{i}{{--c:color-mix(in oklab,var(--above) {share}%,var(--even))}}")
-    strong = ",".join(f".cell.q{i}" for i in range(7, STEPS + 1))
+    strong = ",".join(f".cell.{kind}{i}" for kind in "qbo" for i in range(7, STEPS + 1))
     return "\n".join([*rules, ".cell.q6{color:var(--on-middle)}", f"{strong}{{color:var(--on-much)}}"])
+
+
+def page(title: str, facts: Mapping[str, str], findings: Iterable[Finding], sections: Iterable[str]) -> str:
+    """Return a page: the title, facts as name and value, sentences, and sections that are HTML already.
+
+    Args:
+        title: One line.
+        facts: Name to value.
+        findings: What stands out.
+        sections: Empty ones are left out.
+    """
+    return PAGE.format(
+        title=escape(title),
+        style=STYLE + colours(),
+        facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()),
+        findings="".join(
+            f'<li class="{found.level}"><span>{"!" if found.level == "warning" else "·"}</span>'
+            f"{escape(found.text)}</li>"
+            for found in findings
+        ),
+        sections="\n".join(each for each in sections if each),
+    )
+
+
+def section(title: str, text: str, *parts: str) -> str:
+    """Return a section: its title, a text on what is to be seen, and parts that are HTML already."""
+    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{''.join(parts)}</section>"
+
+
+def figures(cards: Mapping[str, str], layout: str = "cards") -> str:
+    """Return cards beside each other: caption to HTML."""
+    named = [(escape(name), card) for name, card in cards.items()]
+    items = "".join(f'<figure><figcaption title="{k}">{k}</figcaption>{v}</figure>' for k, v in named)
+    return f'<div class="{layout}">{items}</div>'

@@ -8,22 +8,30 @@ nothing, tasks help one another at least as much as they are in each other's way
 Gradients of tasks say less than one would hope. In early training their cosines are positive whether tasks conflict or
 not, because all tasks learn the same first things; where each has a head of its own, what looks like conflict in the
 adapter is taken up by the heads. Their cosines are therefore shown for the end of the shared training, where they tell
-which layers tasks pull apart, and decide nothing.
+which layers pull tasks apart, and decide nothing. Nor does the share of the gradients' energy that tasks have in
+common: it says where they meet, not whether they agree there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..messages import printable
+from ..reports.conflict import conflict_page
+from ..reports.tables import text_table
+from .gradients import common_energy, cosines
 from .mixtures import TaskMixture
 from .trials import TaskExamples, adapted, as_it_was, visibility
 
@@ -36,9 +44,27 @@ SEEN = 0.9
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
+_SHOWN = 5  # layers in the text
+_TIMED = 3  # steps, after a first one that is slower
+
+
+class LayerConflict(NamedTuple):
+    """What the tasks' gradients say of a layer at the end of the shared training.
+
+    Attributes:
+        path: Of the layer.
+        cosine: Between the gradients of two tasks, the mean over pairs; NaN where all of it is noise.
+        common: The share of the tasks' gradient energy in their common subspace, see `gradients.common_energy`.
+    """
+
+    path: str
+    cosine: float
+    common: float
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskConflict:
-    """What was found; `print` it for a table.
+    """What was found; `print` it for a table, `save` it as a page.
 
     Attributes:
         tasks: Names, in the order of everything else.
@@ -51,6 +77,7 @@ class TaskConflict:
             the tasks' means; of the layer where that is most.
         cosines: Layer's path to (T, T), the cosines between the tasks' gradients at the end of the shared training,
             freed of the noise within a task; NaN where a task's gradient is nothing but noise.
+        common: Layer's path to the share of the tasks' gradient energy in their common subspace, at that time.
     """
 
     tasks: list[str]
@@ -61,6 +88,7 @@ class TaskConflict:
     half: float
     visible: float
     cosines: dict[str, Tensor]
+    common: dict[str, float]
 
     @property
     def learnt(self) -> float:
@@ -92,15 +120,64 @@ class TaskConflict:
             )
         return "Route by task (MoRE), or keep an adapter for each: the inputs do not give the task away."
 
+    @property
+    def layers(self) -> list[LayerConflict]:
+        """Every adapted layer, those first where the tasks' gradients point apart most."""
+        apart = ~torch.eye(len(self.tasks), dtype=torch.bool)
+        found = [
+            LayerConflict(path, float(own[apart].nanmean()), self.common[path]) for path, own in self.cosines.items()
+        ]
+        return sorted(found, key=lambda layer: math.inf if math.isnan(layer.cosine) else layer.cosine)
+
+    @property
+    def mean_cosines(self) -> Tensor:
+        """(T, T), the cosines in the mean over layers."""
+        return torch.stack(list(self.cosines.values())).nanmean(0)
+
+    def task_rows(self) -> list[list[str]]:
+        """Return the table of tasks as text: the column names, then a row a task."""
+        rows = [["task", "untrained", "one for all", "one each", "room"]]
+        for name, start, shared, alone in zip(self.tasks, *(x.tolist() for x in (self.start, self.shared, self.alone))):
+            rows.append([printable(name), *(f"{x:.4f}" for x in (start, shared, alone)), f"{shared - alone:+.4f}"])
+        return rows
+
+    def layer_rows(self) -> list[list[str]]:
+        """Return the table of layers as text: the column names, then a row a layer, in the order of `layers`."""
+        rows = [
+            [printable(path), "" if math.isnan(cosine) else f"{cosine:+.2f}", "" if math.isnan(own) else f"{own:.0%}"]
+            for path, cosine, own in self.layers
+        ]
+        return [["layer", "cosine", "in common"], *rows]
+
+    def facts(self) -> dict[str, str]:
+        """Return what the verdict rests on, a name and a sentence each."""
+        return {
+            "room": f"{self.room:+.4f} ± {self.half:.4f}, of {self.learnt:.4f} that training takes off the loss",
+            "task visible in the inputs": f"{self.visible:.0%}",
+        }
+
     def __str__(self) -> str:
-        width = max(map(len, [*self.tasks, "task"]))
-        lines = [f"{'task':{width}}  untrained  one for all  one each     room"]
-        for name, *values in zip(self.tasks, self.start.tolist(), self.shared.tolist(), self.alone.tolist()):
-            start, shared, alone = values
-            lines.append(f"{name:{width}}  {start:9.4f}  {shared:11.4f}  {alone:8.4f}  {shared - alone:+.4f}")
-        lines.append(f"room {self.room:+.4f} ± {self.half:.4f}, of {self.learnt:.4f} that training takes off the loss")
-        lines.append(f"task visible in the inputs: {self.visible:.0%}")
+        layers = self.layer_rows()
+        lines = [*text_table(self.task_rows()), *(f"{name}: {value}" for name, value in self.facts().items()), ""]
+        if len(layers) > 1:
+            lines += ["layers that pull tasks apart most:", *text_table(layers[: 1 + _SHOWN]), ""]
         return "\n".join([*lines, f"{self.verdict}: {self.advice}"])
+
+    def to_html(self) -> str:
+        """Return the page: the tables, the tasks' cosines as a heatmap, the verdict; see `reports.conflict`."""
+        return conflict_page(
+            self.verdict,
+            self.advice,
+            self.facts(),
+            self.task_rows(),
+            self.tasks,
+            self.mean_cosines.tolist(),
+            self.layer_rows(),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page."""
+        Path(path).write_text(self.to_html(), encoding="utf-8")
 
 
 def task_conflict(
@@ -117,6 +194,7 @@ def task_conflict(
     batch_size: int = 4,
     held_out: float = 0.25,
     seeds: Sequence[int] = (0, 1, 2),
+    expect: Callable[[float], None] | None = None,
 ) -> TaskConflict:
     """Train one adapter for all tasks and one for each, and compare them on held-out examples.
 
@@ -138,9 +216,10 @@ def task_conflict(
         batch_size: Examples of each task in a step.
         held_out: The share of each task's examples that is held out.
         seeds: Of the trainings; the interval is over them. 2 to 10.
+        expect: Told, after the first steps, about how many seconds everything takes from there.
 
     Raises:
-        ValueError: One task alone, too few examples or seeds, an adapted model, or an output without a loss.
+        ValueError: One task alone, too few examples, steps or seeds, an adapted model, or an output without a loss.
 
     Example:
         >>> found = task_conflict(model, {"cola": cola, "rte": rte}, collator, trained=["score"])  # doctest: +SKIP
@@ -149,11 +228,15 @@ def task_conflict(
     """
     mixture = mixture if isinstance(mixture, TaskMixture) else TaskMixture(mixture)
     tasks = list(mixture.parts)
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected at least 1.")
     _check(model, mixture, seeds, batch_size, held_out)
     examples = TaskExamples(model, mixture, collator, batch_size, held_out)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     losses: dict[int, list[Tensor]] = {1: [], len(tasks): []}
-    cosines: list[dict[str, Tensor]] = []
+    found_cosines: dict[str, list[Tensor]] = {}
+    found_common: dict[str, list[float]] = {}
+    watch = _Watch(expect, _steps(examples, steps, len(seeds)))
     with as_it_was(model):
         visible = visibility(model, examples, LoraConfig(r=1, target_modules=targets))
         with adapted(model, LoraConfig(r=1, target_modules=targets), 1, trained, seeds[0]) as adapters:
@@ -164,15 +247,44 @@ def task_conflict(
                 more = len(tasks) // count
                 config = LoraConfig(r=r * more, lora_alpha=alpha * more, target_modules=targets)  # type: ignore[arg-type]
                 with adapted(model, config, count, trained, seed) as adapters:
-                    adapters.train(examples, learning_rate, steps, seed)
+                    adapters.train(examples, learning_rate, steps, seed, watch.stepped)
                     found.append(adapters.evaluate(examples))
                     if count == 1:
-                        cosines.append(adapters.cosines(examples))
+                        for path, gradients in adapters.gradients(examples).items():
+                            found_cosines.setdefault(path, []).append(cosines(gradients))
+                            found_common.setdefault(path, []).append(common_energy(gradients, r))
     rooms = [float((shared - alone).mean()) for shared, alone in zip(*losses.values())]
     half = _T95[len(rooms) - 2] * statistics.stdev(rooms) / math.sqrt(len(rooms))
     shared, alone = (torch.stack(found).mean(0) for found in losses.values())
-    mean = {path: torch.stack([each[path] for each in cosines]).nanmean(0) for path in cosines[0]}
-    return TaskConflict(tasks, start, shared, alone, statistics.fmean(rooms), half, visible, mean)
+    mean = {path: torch.stack(each).nanmean(0) for path, each in found_cosines.items()}
+    common = {path: float(torch.tensor(each).nanmean()) for path, each in found_common.items()}
+    return TaskConflict(tasks, start, shared, alone, statistics.fmean(rooms), half, visible, mean, common)
+
+
+class _Watch:
+    """Times the first steps and tells how long all of it takes.
+
+    Args:
+        expect: Told the seconds, once; None: nobody.
+        steps: What is to be done, counted in steps.
+    """
+
+    def __init__(self, expect: Callable[[float], None] | None, steps: float) -> None:
+        self.expect, self.steps, self.start = expect, steps, 0.0
+
+    def stepped(self, step: int) -> None:
+        if step == 1:
+            self.start = time.perf_counter()
+        if step == 1 + _TIMED and self.expect is not None:
+            self.expect((time.perf_counter() - self.start) / _TIMED * self.steps)
+            self.expect = None
+
+
+def _steps(examples: TaskExamples, steps: int, seeds: int) -> float:
+    # A forward pass is about a third of a step.
+    held_out = sum(len(part) for part in examples.parts) - sum(examples.train_sizes)
+    step = examples.size * len(examples)
+    return seeds * (2 * steps + sum(examples.train_sizes) / step + 2 * held_out / step / 3)
 
 
 def _check(model: nn.Module, mixture: TaskMixture, seeds: Sequence[int], size: int, held_out: float) -> None:

@@ -7,7 +7,6 @@ point, and whether the layers' inputs give the task away.
 from __future__ import annotations
 
 import inspect
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .gradients import LayerGradients
 from .mixtures import TASK_COLUMN, TaskCollator, TaskMixture
 
 
@@ -119,8 +119,18 @@ class Adapters:
             raise ValueError("The model's output has no loss: does the collator give what it needs, labels above all?")
         return loss
 
-    def train(self, examples: TaskExamples, rate: float, steps: int, seed: int) -> None:
-        """Train by AdamW, a batch of each task in a step, the rate falling linearly to nothing."""
+    def train(
+        self, examples: TaskExamples, rate: float, steps: int, seed: int, stepped: Callable[[int], None] | None = None
+    ) -> None:
+        """Train by AdamW, a batch of each task in a step, the rate falling linearly to nothing.
+
+        Args:
+            examples: The tasks'.
+            rate: The first learning rate.
+            steps: How many.
+            seed: Of the examples' order.
+            stepped: Told the step's number after each, from 1.
+        """
         own = [parameter for _, parameter in self.parameters()]
         adapters = {id(parameter) for parameter in own}
         trained = own + [p for p in self.model.parameters() if p.requires_grad and id(p) not in adapters]
@@ -129,7 +139,7 @@ class Adapters:
         generator = torch.Generator().manual_seed(seed)
         streams = [examples.stream(task, generator) for task in range(len(examples))]
         self.model.train()
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             for task, stream in enumerate(streams):
                 self.switch(task)
                 (self.loss(next(stream)) / len(streams)).backward()
@@ -137,6 +147,8 @@ class Adapters:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            if stepped is not None:
+                stepped(step)
 
     @torch.no_grad()
     def evaluate(self, examples: TaskExamples) -> Tensor:
@@ -148,34 +160,31 @@ class Adapters:
             found.append(statistics.fmean(float(self.loss(batch)) for batch in examples.held_out_batches(task)))
         return torch.tensor(found)
 
-    def cosines(self, examples: TaskExamples) -> dict[str, Tensor]:
-        """Return layer's path to (T, T), the cosines between the tasks' gradients of a shared adapter.
-
-        Inner products are between two halves of the examples, so that the noise of one example is in none of them. NaN
-        where the halves of a task have nothing in common.
-        """
+    def gradients(self, examples: TaskExamples) -> dict[str, LayerGradients]:
+        """Return layer's path to the gradients of the tasks' losses by a shared adapter."""
         self.model.train()
-        halves: tuple[dict[str, list[Tensor]], ...] = ({}, {})
+        halves: dict[str, list[list[Tensor]]] = {path: [[], []] for path in self.layers}
         for task in range(len(examples)):
             batches = list(examples.train_batches(task))
-            for half, own in zip(halves, (batches[::2], batches[1::2])):
+            for half, own in enumerate((batches[::2], batches[1::2])):
                 self.model.zero_grad()
                 for batch in own:
                     self.loss(batch).backward()
                 gradients: dict[str, list[Tensor]] = {}
                 for path, parameter in self.parameters():
                     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    gradients.setdefault(path, []).append(gradient.flatten().float().cpu().clone())
+                    gradients.setdefault(path, []).append(gradient.flatten().float().cpu())
                 for path, parts in gradients.items():
-                    half.setdefault(path, []).append(torch.cat(parts))
-        found = {}
-        for path, first in halves[0].items():
-            inner = torch.stack(first) @ torch.stack(halves[1][path]).T
-            inner = (inner + inner.T) / 2
-            sizes = inner.diagonal().clamp_min(0).sqrt()
-            cosines = (inner / torch.outer(sizes, sizes)).clamp(-1, 1)
-            found[path] = torch.where(cosines.isfinite(), cosines, math.nan)
-        return found
+                    halves[path][half].append(torch.cat(parts))
+        first: dict[str, nn.Parameter] = {}  # A comes before B.
+        for path, parameter in self.parameters():
+            first.setdefault(path, parameter)
+        return {
+            path: LayerGradients(
+                torch.stack([torch.stack(own) for own in found]), (len(first[path]), first[path][0].numel())
+            )
+            for path, found in halves.items()
+        }
 
 
 @contextmanager

@@ -120,8 +120,9 @@ def check(cfg: Mapping[str, Any]) -> None:
     settings = read_settings(cfg.get(ADAPTER))
     if cfg.get("merge_lora"):
         raise ValueError(
-            "axolotl merge-lora merges LoRAs alone. Dense and task-routed adapters: rank-experts merge ADAPTER OUT [--task"
-            " TASK]. A token gate has no static form; rank-experts export --calibration writes the LoRA that is nearest."
+            "axolotl merge-lora merges LoRAs alone. Dense, task-routed adapters: rank-experts merge ADAPTER OUT, for "
+            "one task with --task. A token gate has no static form: rank-experts export --calibration writes the LoRA "
+            "that is nearest to it."
         )
     for name in (*_OF_LORA, *_KERNELS):
         if cfg.get(name):
