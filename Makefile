@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 PIP_VLLM := $(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check
+PIP_SWIFT := $(VENV)-swift/bin/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow check format clean bench bench-gpu bench-vllm test-vllm architectures docs build
-.PHONY: evidence-conflict evidence-languages evidence-diagnosis evidence-instructions release-check works-with compat fuzz
+.PHONY: evidence-conflict evidence-languages evidence-diagnosis evidence-instructions release-check works-with works-with-swift compat fuzz
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
@@ -106,6 +107,17 @@ works-with: $(STAMP) ## run the tests of trl, bitsandbytes, torchao, lm_eval, on
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation "deepspeed>=0.19"
 	$(BIN)/python -m pytest tests/training/test_trainers.py tests/training/test_trl_references.py tests/layers/test_quantised.py tests/training/test_lm_eval.py tests/training/test_distributed.py tests/calls/test_onnx.py
 
+# ms-swift asks for older versions than the suite's newest: an environment of its own, with the same torch.
+$(VENV)-swift/.installed: pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)-swift
+	$(PIP_SWIFT) --upgrade pip
+	$(PIP_SWIFT) -c tests/constraints.txt torch
+	$(PIP_SWIFT) ms-swift==4.6.0 "pytest>=8.2" -e .
+	@touch $@
+
+works-with-swift: $(VENV)-swift/.installed ## train, resume, infer and export by ms-swift's command lines, on the CPU
+	$(VENV)-swift/bin/python -m pytest -m trainers tests/integrations/swift
+
 # A second environment with the oldest supported peft and transformers; the first one has the newest.
 compat: $(STAMP) ## run the tests with the oldest and the newest supported peft and transformers
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -132,4 +144,4 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm dist build site demo-output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-swift dist build site demo-output .pytest_cache .ruff_cache .mypy_cache
