@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
 PIP_VLLM := $(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check
+PIP_SWIFT := $(VENV)-swift/bin/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow check format clean bench bench-gpu bench-vllm test-vllm architectures docs build
 .PHONY: evidence-conflict evidence-languages evidence-diagnosis evidence-instructions release-check works-with compat fuzz
-.PHONY: works-with-axolotl
+.PHONY: works-with-axolotl works-with-swift works-with-trainers
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
@@ -117,7 +118,20 @@ $(VENV)-axolotl/.installed: pyproject.toml
 	@touch $@
 
 works-with-axolotl: $(VENV)-axolotl/.installed ## train adapters by axolotl's command line
-	$(VENV)-axolotl/bin/python -m pytest -m axolotl tests/integrations/axolotl
+	$(VENV)-axolotl/bin/python -m pytest -m trainers tests/integrations/axolotl
+
+# ms-swift asks for older versions than the suite's newest: an environment of its own, with the same torch.
+$(VENV)-swift/.installed: pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)-swift
+	$(PIP_SWIFT) --upgrade pip
+	$(PIP_SWIFT) -c tests/constraints.txt torch
+	$(PIP_SWIFT) ms-swift==4.6.0 "pytest>=8.2" -e .
+	@touch $@
+
+works-with-swift: $(VENV)-swift/.installed ## train, resume, infer and export by ms-swift's command lines, on the CPU
+	$(VENV)-swift/bin/python -m pytest -m trainers tests/integrations/swift
+
+works-with-trainers: works-with-axolotl works-with-swift ## both
 
 # A second environment with the oldest supported peft and transformers; the first one has the newest.
 compat: $(STAMP) ## run the tests with the oldest and the newest supported peft and transformers
@@ -145,4 +159,4 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-axolotl dist build site demo-output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-axolotl $(VENV)-swift dist build site demo-output .pytest_cache .ruff_cache .mypy_cache

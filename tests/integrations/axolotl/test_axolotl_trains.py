@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.axolotl
+pytestmark = pytest.mark.trainers
 
 TASKS = ["upper", "lower"]
 SMORA = {"preset": "smora", "r": 16, "top_k": 4}
