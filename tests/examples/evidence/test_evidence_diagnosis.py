@@ -28,6 +28,6 @@ def test_a_run_and_its_page(evidence, tmp_path, monkeypatch):
     assert len(record["result"]["shared"]) == 8
     text = (tmp_path / "diagnosis.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| one layer, overlap 0 |"))
-    assert row.split(" | ")[1] == f"{sum(record['result']['start']) / 8:.4f}"
+    assert row.split(" | ")[1] == f"{sum(record['result']['shared']) / 8:.4f}"
     assert row.endswith(f"| {record['result']['verdict']} |")
     assert "| languages, one head | not run |" in text
