@@ -13,7 +13,8 @@ from helpers import dense_config
 from models import llama
 from rank_experts import inject_rank_experts, save_rank_experts
 from rank_experts.layers import adapted_layers
-from rank_experts.recipes.assemble import adapter_config, load_adapted, load_base, load_tokenizer
+from rank_experts.recipes.adapted import load_adapted
+from rank_experts.recipes.assemble import adapter_config, load_base, load_tokenizer
 from rank_experts.recipes.recipe import read_recipe
 from rank_experts.recipes.yaml_lines import RecipeError
 from recipe_files import save_model, write_recipe

@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainerCallba
 
 from helpers import task_config
 from rank_experts import inject_rank_experts, load_rank_experts, merge_rank_experts, save_rank_experts
-from rank_experts.recipes.assemble import build_trainer, load_adapted
+from rank_experts.recipes.adapted import load_adapted
+from rank_experts.recipes.assemble import build_trainer
 from rank_experts.reports.report import inspect_adapter
 from rank_experts.training.heads import load_classifier
 from rank_experts.training.mixtures import TaskSampler
@@ -294,7 +295,7 @@ def test_a_merge_copies_nothing_from_elsewhere(recipe, capsys, monkeypatch, name
     else:
         (out / name).write_text("")
         os.truncate(out / name, 2**40)
-    monkeypatch.setattr("rank_experts.recipes.assemble.load_adapted", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("rank_experts.recipes.adapted.load_adapted", lambda *args: pytest.fail("loaded"))
     assert main(["merge", str(out), str(folder / "merged"), "--task", "last"]) == 2
     said = {"link": "outside of the folder", "folder": "not a regular file", "pipe": "not a regular file"}
     assert f"{name} " in (error := capsys.readouterr().err)
@@ -332,3 +333,15 @@ def test_an_extra_that_is_missing_is_named(recipe, capsys, monkeypatch, missing)
     shown = capsys.readouterr().err
     assert missing in shown
     assert "pip install 'rank-experts[train]'" in shown
+
+
+@pytest.mark.parametrize("missing", ["ruamel.yaml", "datasets", "pydantic"])
+def test_merging_and_exporting_need_no_extra(recipe, monkeypatch, missing):
+    folder, out = recipe.parent, recipe.parent / "out"
+    save_rank_experts(inject_rank_experts(AutoModel.from_pretrained(folder / "model"), task_config()), out)
+    for name in ("recipe", "yaml_lines", "prepare", "assemble", "adapted"):
+        monkeypatch.delitem(sys.modules, f"rank_experts.recipes.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["merge", str(out), str(folder / "merged"), "--task", "rte", "--base", str(folder / "model")]) == 0
+    assert main(["export", str(out), str(folder / "lora"), "--task", "rte", "--base", str(folder / "model")]) == 0
+    assert main(["inspect", str(out)]) == 0

@@ -49,7 +49,7 @@ def base_of(
         return Base(layer.__call__, None, transposed, True)
     if bias is not None and (bias.requires_grad or type(bias) not in PLAIN):
         return Base(layer.__call__, None, transposed, True)
-    return Base(layer.__call__, weight, transposed, True, bias)
+    return Base(layer.__call__, weight, transposed, True, bias)  # type: ignore[arg-type]
 
 
 def _checked(

@@ -1,4 +1,4 @@
-"""From a recipe and its data to a model and a trainer, and from an adapter's folder back to its model."""
+"""From a recipe and its data to a model and a trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 from ..calls.use_task import routing_scopes
 from ..config.config import RankExpertConfig
@@ -21,12 +21,11 @@ from ..training.heads import MultiTaskClassifier, load_classifier
 from ..training.mixtures import TaskMixture
 from ..training.trainer import RankExpertTrainer
 from ..tuner.injection import inject_rank_experts
+from .adapted import CLASSES
 from .prepare import PreparedTask
 from .recipe import OWN_TRAINING_KEYS, Recipe
 
 _NAME = ("model", "name")
-
-CLASSES = {"classification": AutoModel, "causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -225,41 +224,3 @@ def build_trainer(
         router_learning_rate=recipe.training.get("router_learning_rate"),
         head_learning_rate=recipe.training.get("head_learning_rate"),
     )
-
-
-def load_adapted(adapter: Path, base: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load an adapter's base model with the adapter in it, from the adapter's folder alone.
-
-    Args:
-        adapter: The folder.
-        base: The base model, where it moved since.
-        trust_remote_code: Run the code that comes with the base model; the folder says which model that is.
-
-    Raises:
-        FileNotFoundError: The folder holds no adapter.
-        ValueError: The folder does not name its base model, the adapter does not fit it, or the base needs code of its
-            own and that is not to be run.
-    """
-    config = read_config(adapter)
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise ValueError(f"{adapter} does not name its base model. Pass --base NAME.")
-    kinds = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq", "FEATURE_EXTRACTION": "classification"}
-    task_type = getattr(config.task_type, "value", config.task_type)
-    if (adapter / HEADS_CONFIG).is_file():
-        kind = "classification"
-    elif task_type in kinds:
-        kind = kinds[task_type]
-    else:
-        kind = None
-    # Said outright: left out, transformers asks the terminal whether to run code.
-    options = {"revision": config.revision if base is None else None, "trust_remote_code": trust_remote_code}
-    if kind is None:
-        # The class that the checkpoint was made with.
-        architecture = (transformers.AutoConfig.from_pretrained(name, **options).architectures or [""])[0]
-        named = getattr(transformers, str(architecture), None)
-        is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-        model_class: Any = named if is_model else AutoModel
-    else:
-        model_class = CLASSES[kind]
-    return load_rank_experts(model_class.from_pretrained(name, dtype="auto", **options), adapter)

@@ -174,7 +174,7 @@ def merge(args: argparse.Namespace) -> int:
     from ..files.heads import HEADS_FILES
     from ..storage.pair import read_file
     from ..storage.staging import write_files
-    from .assemble import load_adapted
+    from .adapted import load_adapted
 
     # Read first: a link out of the folder, or a folder where a file should be, is said before the work.
     beside = {
@@ -194,7 +194,7 @@ def export(args: argparse.Namespace) -> int:
     """Export an adapter as a plain LoRA, or as one for each task."""
     from ..convert.export import export_lora, export_loras
     from ..files.loading import read_config
-    from .assemble import load_adapted
+    from .adapted import load_adapted
 
     tasks = read_config(args.adapter).tasks or []
     if len(tasks) > 1 and args.task is None and not args.all_tasks:
